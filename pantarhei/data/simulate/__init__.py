@@ -1,0 +1,1 @@
+"""Generators of data: each names its equations and its solver."""

@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pantarhei.errors import RequestError
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its name only when the block succeeds.
+
+    The temporary name keeps the suffix (writers that choose a format by it go on working). On an
+    error the temporary file is removed and whatever ``path`` held before is untouched. A full or
+    read-only disk raises :class:`RequestError`.
+
+    >>> import tempfile, pathlib
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> with atomic(folder / "a.txt") as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> [p.name for p in folder.iterdir()]
+    ['a.txt']
+    """
+    target = Path(path)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-", suffix=target.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        # mkstemp makes the file private; a result should have the permissions of any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise RequestError(
+            f"'{target}' could not be written ({error.strerror or error}): "
+            "free some space or choose another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON; a missing or corrupt file raises :class:`RequestError` naming it."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise RequestError(f"'{path}' does not exist: check the path.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RequestError(
+            f"'{path}' is not readable JSON ({error}): restore it or make it again."
+        ) from error
