@@ -1,0 +1,1 @@
+"""Which part of a network has to run, for this input and this budget."""
