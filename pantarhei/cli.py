@@ -153,7 +153,49 @@ def data(json: Json = False) -> None:
     report.emit(report.table(None, columns, ((r.name, r.where, r.content) for r in found)))
 
 
-# `enhance` and the wings' other commands go here: options only, the body in the feature's module.
+@app.command()
+def enhance(
+    inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Pictures and folders.")],
+    out: Annotated[str, typer.Option("-o", "--out", help="The folder to write to.")],
+    model: Annotated[
+        str | None, typer.Option(help="A trained model's file; the shipped one unless named.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="0.5 or 50% of the full network's MACs; 0.02dB against its quality."),
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="The quality to reach, 0 to 1.")] = None,
+    exit: Annotated[int | None, typer.Option(help="Take this exit for every picture.")] = None,
+    format: Annotated[str, typer.Option(help="png, jpeg or webp.")] = "png",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace old outputs.")] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Refuse larger pictures before decoding them.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Repair compressed pictures of unknown quality, each with as much network as it needs."""
+    from pantarhei import report
+    from pantarhei.compute.enhancement import images, job
+
+    results = job.run_job(
+        inputs,
+        out,
+        model=model,
+        budget=budget,
+        threshold=threshold,
+        exit=exit,
+        format=format,
+        overwrite=overwrite,
+        device=device,
+        max_pixels=images.MAX_PIXELS if max_pixels is None else max_pixels,
+        quiet=json,
+    )
+    if json:
+        report.emit_json([result.to_json() for result in results])
+    else:
+        report.emit(report.table(None, job.COLUMNS, (result.row() for result in results)))
+    raise typer.Exit(job.exit_code(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

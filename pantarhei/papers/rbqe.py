@@ -159,7 +159,7 @@ SETTINGS: dict[str, dict[str, int | float | str | bool | tuple[Any, ...]]] = {
         "weight_seeds": 0,
         "weight_steps": 0,
         "test_crop": 256,
-        "loss_db": 0.02,  # the calibration's allowance against the last exit
+        "loss_db": 0.01,  # what the calibration may lose; the paper lost as much
     },
     "cpu": {
         "data": "berkeley",
@@ -175,7 +175,7 @@ SETTINGS: dict[str, dict[str, int | float | str | bool | tuple[Any, ...]]] = {
         "weight_seeds": 3,
         "weight_steps": 400,
         "test_crop": 256,
-        "loss_db": 0.02,
+        "loss_db": 0.01,
     },
     "gpu": {
         "data": "berkeley",
@@ -192,12 +192,13 @@ SETTINGS: dict[str, dict[str, int | float | str | bool | tuple[Any, ...]]] = {
         "weight_seeds": 3,
         "weight_steps": 4000,
         "test_crop": 512,
-        "loss_db": 0.02,
+        "loss_db": 0.01,
     },
 }
 
-# Split of the photographs that come with scikit-image and scikit-learn.
-VALIDATION = ("rocket", "china", "flower")
+# Split of the photographs that come with scikit-image and scikit-learn. Those that calibrate are,
+# like those of the test, lossless photographs at their own size: a threshold holds for its kind.
+VALIDATION = ("chelsea", "motorcycle_left")
 TEST = ("astronaut", "camera", "coffee")
 LEFT_OUT = ("hubble_deep_field", "retina")
 

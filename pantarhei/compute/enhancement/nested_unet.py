@@ -115,7 +115,9 @@ class _Up(nn.Module):
     def forward(self, skips: Sequence[Node], lower: Node) -> Tensor:
         gated = [gate(*node) for gate, node in zip(self.gates, [*skips, lower], strict=True)]
         gated[-1] = F.relu(self.enlarge(gated[-1]), inplace=True)
-        result: Tensor = self.mix(torch.cat(gated, dim=1))
+        joined = torch.cat(gated, dim=1)
+        gated.clear()  # the parts would double the peak while they are mixed
+        result: Tensor = self.mix(joined)
         return result
 
 

@@ -186,11 +186,13 @@ class Calibration:
         return self.thresholds[max(allowed, key=lambda i: (self.gain[i], -self.share[i]))]
 
     def within_loss(self, decibel: float) -> float:
-        """Return the cheapest threshold that loses at most ``decibel`` against the last exit.
+        """Return the cheapest threshold that loses at most ``decibel`` against the best gain.
 
-        Where none does, the one that loses least.
+        The best is that of any threshold or of the last exit, whichever is more: the last exit
+        need not be the best of a briefly trained network. Where none does, the best threshold.
         """
-        good = [i for i, g in enumerate(self.gain) if g >= self.last_gain - decibel]
+        best = max(self.last_gain, *self.gain)
+        good = [i for i, g in enumerate(self.gain) if g >= best - decibel]
         if not good:
             return self.thresholds[max(range(len(self.gain)), key=self.gain.__getitem__)]
         return self.thresholds[min(good, key=lambda i: self.share[i])]
@@ -218,10 +220,10 @@ class Calibration:
         return cls(thresholds, gain, share, *ends)
 
 
-def calibrate(table: ExitTable, step: float = 0.005, loss: float = 0.02) -> Calibration:
+def calibrate(table: ExitTable, step: float = 0.005, loss: float = 0.01) -> Calibration:
     """Sweep T_Q from 0 to just above 1 in steps of ``step`` over a validation table.
 
-    ``chosen`` is the cheapest threshold that loses at most ``loss`` dB against the last exit;
+    ``chosen`` is the cheapest threshold that loses at most ``loss`` dB against the best gain;
     :meth:`Calibration.turning_point` and :meth:`Calibration.under` choose otherwise.
     """
     thresholds = torch.arange(round(1 / step) + 2, dtype=torch.float64) * step

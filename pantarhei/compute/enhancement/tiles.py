@@ -43,7 +43,7 @@ from pantarhei.errors import RequestError
 Samples = NDArray[np.uint8] | NDArray[np.uint16]
 Precision = Literal["auto", "float32", "bfloat16"]
 At = tuple[int, int]
-_TILE = {"cpu": 1024, "cuda": 2048}
+_TILE = {"cpu": 896, "cuda": 2048}
 _BAND = 256  # rows that are scored at a time
 _SAMPLE = 256  # side of the windows that the first means come from
 _SAMPLE_RIM = 32  # their border, which sees zeros instead of the image, is left out
@@ -148,7 +148,7 @@ class Enhancer:
 
     ``net`` takes luma (``in_ch`` 1); a private copy in evaluation mode is made on ``device`` (the
     network's own unless given), in channels-last order, which is about three times as fast on a
-    CPU. ``tile`` is the side of what is computed at once, margins included (1024, on CUDA 2048);
+    CPU. ``tile`` is the side of what is computed at once, margins included (896, on CUDA 2048);
     memory grows with its square. ``precision`` "auto" computes 8-bit planes in bfloat16 where the
     processor multiplies it natively. ``tolerance``: see the module's text.
 
@@ -177,7 +177,7 @@ class Enhancer:
             )
         least = 2 * margin(net.exits, net.multiple) + net.multiple
         self.device = torch.device(device) if device else next(net.parameters()).device
-        self.tile = max(tile or _TILE.get(self.device.type, 1024), least)
+        self.tile = max(tile or _TILE.get(self.device.type, 896), least)
         self.net = copy.deepcopy(net).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.quality = TchebichefQuality() if quality is None else copy.deepcopy(quality)
         self.precision, self.tolerance = precision, tolerance

@@ -1,0 +1,671 @@
+"""Any network as a space of sub-networks: ``elastic`` wraps a module, a choice says what runs."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pantarhei.cost import Cost, latency_ms
+from pantarhei.elastic.blocks import Stage, find_stages
+from pantarhei.elastic.exits import Adaptive, Exits, Policy, Root, run_adaptive
+from pantarhei.elastic.space import Choice, Space, Value
+from pantarhei.elastic.structure import Cut, Structure, bind, named_tensors, skeleton
+from pantarhei.elastic.trace import Group, Seen
+from pantarhei.errors import RequestError, nearest
+
+Axis: TypeAlias = "Sequence[Value] | Mapping[str, Sequence[Value]] | Sized"
+_KINDS = ("heads", "mlp", "width")  # the order in which axes claim groups; width takes what is left
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Values for the width of channel groups, and how they are rounded.
+
+    ``ratios``: shares of a group's units, or a mapping from name patterns to ratios (one axis for
+    each pattern). ``per_group``: one axis for each group instead of one ratio for all. A kept width
+    is rounded to a multiple of ``divisor`` units, and is at least ``floor``.
+
+    >>> Sized((0.25, 0.5, 1.0), divisor=8).kept(0.25, 48)
+    16
+    """
+
+    ratios: Sequence[Value] | Mapping[str, Sequence[Value]]
+    per_group: bool = False
+    divisor: int = 1
+    floor: int = 1
+
+    def kept(self, ratio: float, size: int) -> int:
+        """Return how many of ``size`` units a ratio keeps."""
+        if ratio >= 1:
+            return size
+        rounded = math.floor(ratio * size / self.divisor + 0.5) * self.divisor
+        return min(size, max(rounded, self.floor, 1))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that a choice means for the network, worked out once."""
+
+    keep: dict[str, int]
+    cuts: dict[str, tuple[Cut, ...]]
+    values: list[tuple[str, str, Any]]
+    skipped: tuple[str, ...]
+    exit: int | None
+    scales: dict[str, float]
+
+
+class _PassOn(nn.Module):
+    """Stands where a skipped block was: hands on its first argument in the block's own form."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        if isinstance(self.form, Tensor):
+            return x
+        return (x, *list(self.form)[1:])
+
+
+class ElasticNet(nn.Module):
+    """A network and the space of its sub-networks; made by :func:`elastic`.
+
+    ``model`` is the module given, untouched: its parameters are the shared weights. ``space`` is
+    the grid of choices, ``groups`` the channel groups by name, ``stages`` the lists of blocks whose
+    depth can change, ``fixed`` why the rest cannot change. Calls are safe from several threads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        axes: Mapping[str, Axis | None],
+        exits: Exits | None,
+        norm: str,
+        rescale: str | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList(exits.heads if exits else [])
+        self.exits = exits.names if exits else ()
+        self.example = as_call(example_inputs)
+        self.axes, self.norm, self.rescale = dict(axes), norm, rescale
+        root = self._root()
+        self._structure = Structure(root, *self.example)
+        self.batch = _batch_size(*self.example)
+        self._stages(axes.get("depth"))
+        self._axes_of_groups: dict[str, tuple[str, Sized]] = {}
+        offered = self._claim(axes)
+        self._structure.fit_code(root, self._smallest_units, self._axis_of)
+        self.groups: dict[str, Group] = dict(self._structure.groups)
+        offered = {n: v for n, v in offered.items() if self._still_claimed(n)}
+        offered |= self._depth_axes(axes.get("depth"))
+        if self.exits:
+            offered["exit"] = tuple(range(1, len(self.exits) + 2))
+        self.space = Space(offered)
+        self.fixed: dict[str, str] = {
+            name.removeprefix("model."): why for name, why in self._structure.fixed.items()
+        } | self._unskippable
+        self._plans: OrderedDict[Choice, _Plan] = OrderedDict()
+        self._idle: deque[nn.Module] = deque()
+        self.statistics: dict[Choice, dict[str, Tensor]] = {}
+        self.switched = nn.ParameterDict()
+        self._carriers: frozenset[tuple[str, str, int]] = frozenset()
+        if norm == "switchable":
+            self._switch_norms()
+
+    # --- what was found -----------------------------------------------------------------------
+
+    def _root(self) -> Root:
+        return Root(self.model, self.heads, self.exits)
+
+    def _stages(self, depth: Axis | None) -> None:
+        self.stages: dict[str, Stage] = {}
+        self._unskippable: dict[str, str] = {}
+        self._forms: dict[str, Any] = {}
+        if depth is None:
+            return
+        body = skeleton(self.model).eval()
+        stages, self._unskippable, self._forms = find_stages(body, *self.example)
+        self.stages = {s.name: s for s in stages}
+
+    def _claim(self, axes: Mapping[str, Axis | None]) -> dict[str, tuple[Value, ...]]:
+        """Assign groups to axes; return the values each axis offers."""
+        offered: dict[str, tuple[Value, ...]] = {}
+        for kind in _KINDS:
+            wanted = axes.get(kind)
+            if wanted is None:
+                continue
+            sized = wanted if isinstance(wanted, Sized) else Sized(wanted)
+            mine = [
+                g
+                for g in self._structure.groups.values()
+                if g.name not in self._axes_of_groups and (kind == "width" or g.kind == kind)
+            ]
+            patterns: Mapping[str, Sequence[Value]]
+            if isinstance(sized.ratios, Mapping):
+                patterns = sized.ratios
+            elif sized.per_group:
+                patterns = {g.name.removeprefix("model."): sized.ratios for g in mine}
+            else:
+                patterns = {"": sized.ratios}
+            for pattern, ratios in patterns.items():
+                _check_ratios(kind, ratios)
+                named = [
+                    g
+                    for g in mine
+                    if g.name not in self._axes_of_groups
+                    and (not pattern or fnmatch.fnmatch(g.name.removeprefix("model."), pattern))
+                ]
+                if not named:
+                    known = [g.name.removeprefix("model.") for g in mine]
+                    raise RequestError(
+                        f"No {kind} group of this network matches '{pattern or kind}' (it has: "
+                        f"{', '.join(known[:12]) or 'none'}): name one of them or leave "
+                        f"{kind}= out.{nearest(pattern, known)}"
+                    )
+                axis = f"{kind}.{pattern}" if pattern else kind
+                offered[axis] = tuple(float(r) for r in ratios)
+                for group in named:
+                    self._axes_of_groups[group.name] = (axis, sized)
+        return offered
+
+    def _still_claimed(self, axis: str) -> bool:
+        return any(
+            claimed == axis
+            for name, (claimed, _) in self._axes_of_groups.items()
+            if name in self.groups
+        )
+
+    def _axis_of(self, group: Group) -> str:
+        return self._axes_of_groups[group.name][0]
+
+    def _smallest_units(self, group: Group) -> int:
+        if group.name not in self._axes_of_groups:
+            return group.size
+        axis, sized = self._axes_of_groups[group.name]
+        kind, _, pattern = axis.partition(".")
+        ratios = sized.ratios
+        if isinstance(ratios, Mapping):
+            ratios = ratios[pattern]
+        return sized.kept(float(min(ratios)), group.size)
+
+    def _depth_axes(self, depth: Axis | None) -> dict[str, tuple[Value, ...]]:
+        if depth is None:
+            return {}
+        if isinstance(depth, Sized):
+            raise RequestError("depth= takes numbers of blocks or ratios, not Sized: give a tuple.")
+        if not self.stages:
+            why = "; ".join(f"'{b}': {r}" for b, r in list(self._unskippable.items())[:3])
+            raise RequestError(
+                "No list of residual blocks was found whose depth could change"
+                f"{' (' + why + ')' if why else ''}: leave depth= out."
+            )
+        if isinstance(depth, Mapping):
+            for name in depth:
+                if name not in self.stages:
+                    raise RequestError(
+                        f"'{name}' is not a stage of this network (it has: "
+                        f"{', '.join(self.stages)}).{nearest(name, self.stages)}"
+                    )
+            return {f"depth.{name}": tuple(values) for name, values in depth.items()}
+        return {"depth": tuple(depth)}
+
+    # --- what a choice means ------------------------------------------------------------------
+
+    def plan(self, choice: Choice | None = None) -> _Plan:
+        """Return what ``choice`` means: units kept, views, attributes, skipped blocks and exit."""
+        if choice is not None and choice in self._plans:
+            return self._plans[choice]
+        choice = self.space.complete(choice)
+        if choice in self._plans:
+            return self._plans[choice]
+        keep = self._units_kept(choice)
+        skipped: list[str] = []
+        for name, stage in self.stages.items():
+            value = choice.get(f"depth.{name}", choice.get("depth"))
+            if value is not None:
+                skipped += stage.skipped(_depth(value, stage))
+        alive = self._structure.alive(keep)
+        at = int(choice["exit"]) - 1 if self.exits else len(self.exits)
+        plan = _Plan(
+            keep,
+            self._structure.cuts(alive),
+            self._structure.values(alive, keep),
+            tuple(skipped),
+            at if at < len(self.exits) else None,
+            self._structure.input_scales(alive) if self.rescale else {},
+        )
+        self._plans[choice] = plan
+        if len(self._plans) > 4096:
+            self._plans.popitem(last=False)
+        return plan
+
+    def _units_kept(self, choice: Choice) -> dict[str, int]:
+        keep = {}
+        for name, group in self.groups.items():
+            if name in self._axes_of_groups:
+                axis, sized = self._axes_of_groups[name]
+                keep[name] = sized.kept(choice[axis], group.size)
+        return keep
+
+    def cost(self, choice: Choice | None = None) -> Cost:
+        """Return what one example costs under ``choice``, without running anything.
+
+        Multiply-accumulates of convolutions and matrix products at the size of the example inputs;
+        parameters and bytes are those of the extracted network.
+        """
+        choice = self.space.complete(choice)
+        plan = self.plan(choice)
+        alive = self._structure.alive(plan.keep)
+        macs = self._structure.macs(alive, self._runs(plan)) // self.batch
+        params = size = 0
+        switched = self._switched_names(choice)
+        for name, tensor in self._structure.tensors.items():
+            if not self._survives(name, plan):
+                continue
+            shape = switched[name].shape if name in switched else self._structure.shape(name, alive)
+            params += math.prod(shape) if isinstance(tensor, nn.Parameter) else 0
+            size += math.prod(shape) * tensor.element_size()
+        return Cost(macs, params, size)
+
+    def exit_macs(self, choice: Choice | None = None) -> list[int]:
+        """Return, for leaving at each exit in turn, the MACs with every head on the way counted."""
+        full = self.space.complete(choice)
+        plan = self.plan(full)
+        alive = self._structure.alive(plan.keep)
+        return [
+            self._structure.macs(alive, self._runs(plan, at, all_heads=True)) // self.batch
+            for at in range(len(self.exits) + 1)
+        ]
+
+    def _head_start(self, at: int) -> int:
+        ended = self._structure.ended
+        return next(i for i, name in enumerate(ended) if _under(name, f"heads.{at}"))
+
+    def _runs(
+        self, plan: _Plan, at: int | None = None, all_heads: bool = False
+    ) -> Callable[[Seen], bool]:
+        """Return the test whether a counted operation runs: not skipped, and before the exit."""
+        at = at if at is not None else plan.exit if plan.exit is not None else len(self.exits)
+        stop = self._head_start(at) if at < len(self.exits) else math.inf
+        passed = range(at + 1) if all_heads else (at,)
+        heads = [f"heads.{k}" for k in passed if k < len(self.exits)]
+        gone = [f"model.{b}" for b in plan.skipped]
+
+        def runs(seen: Seen) -> bool:
+            if seen.module.startswith("heads."):
+                return any(_under(seen.module, h) for h in heads)
+            return seen.call < stop and not any(_under(seen.module, b) for b in gone)
+
+        return runs
+
+    def _survives(self, name: str, plan: _Plan) -> bool:
+        """Say whether the extracted network has this parameter or buffer."""
+        places = [f"{path}.{slot}" for path, slot in self._structure.slots[name]]
+        if all(any(_under(p, f"model.{b}") for b in plan.skipped) for p in places):
+            return False
+        if plan.exit is None:
+            return not name.startswith("heads.")
+        if name.startswith("heads."):
+            return _under(name, f"heads.{plan.exit}")
+        return self._structure.first_use.get(name, math.inf) < self._head_start(plan.exit)
+
+    # --- running ------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, choice: Choice | None = None, **kwargs: Any) -> Any:
+        """Run the sub-network that ``choice`` selects: ``net(x, choice)`` or ``choice=choice``.
+
+        The model's own forward runs on views of its weights: nothing is copied (but where kept
+        channels are not contiguous, after a concatenation, say), and gradients reach the full
+        weights. Without a choice the whole network runs. A choice with an exit returns what the
+        exit's head gives.
+        """
+        args, choice = _split_choice(args, choice)
+        plan = self.plan(choice)
+        with self._body(plan, self.space.complete(choice)) as body:
+            return body.run(args, kwargs, plan.exit)
+
+    @contextmanager
+    def _body(self, plan: _Plan, choice: Choice) -> Iterator[Root]:
+        """Lend a skeleton bound to a choice; each call has its own, so that calls can overlap."""
+        try:
+            body = self._idle.pop()
+        except IndexError:
+            body = skeleton(self._root())
+        assert isinstance(body, Root)
+        modules = body.index
+        tensors, cuts = self.tensors(), plan.cuts
+        own = self._switched_names(choice)
+        if not self.training:
+            own = own | self.statistics.get(choice, {})
+        if own:
+            tensors, cuts = {**tensors, **own}, {n: c for n, c in cuts.items() if n not in own}
+        bound = bind(modules, self._structure.slots, tensors, cuts, plan.values, plan.scales)
+        for path, module in self._root_modules():
+            if path in modules:
+                modules[path].__dict__["training"] = module.training
+        for block, form in self._forms.items():
+            parent, _, child = f"model.{block}".rpartition(".")
+            whole = modules[f"model.{block}"]
+            modules[parent]._modules[child] = _PassOn(form) if block in plan.skipped else whole
+        yield body
+        self._write_back(modules, bound, cuts)
+        if not any(getattr(m, "gradient_checkpointing", False) for m in modules.values()):
+            # Checkpointing runs a module again in the backward pass: that body must stay as it is.
+            self._idle.append(body)
+
+    def _root_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for part in ("model", "heads"):
+            for path, module in getattr(self, part).named_modules():
+                yield (f"{part}.{path}" if path else part), module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the present parameters and buffers: ``to`` and assignments may replace them."""
+        places = self._places()
+        return {name: table[slot] for name, (table, slot) in places.items()}
+
+    def _places(self) -> dict[str, tuple[dict[str, Any], str]]:
+        if not hasattr(self, "_place_cache"):
+            modules = dict(self._root_modules())
+            places = {}
+            for name, slots in self._structure.slots.items():
+                path, slot = slots[0]
+                m = modules[path]
+                places[name] = (m._parameters if slot in m._parameters else m._buffers, slot)
+            self.__dict__["_place_cache"] = places
+        return self._place_cache
+
+    def _write_back(
+        self, modules: dict[str, nn.Module], bound: dict[str, Tensor], cuts: Mapping[str, Any]
+    ) -> None:
+        """Keep a buffer that the forward pass replaced (rather than changed) where it belongs."""
+        for name, (table, slot) in self._places().items():
+            path, own = self._structure.slots[name][0]
+            now = modules[path]._buffers.get(own)
+            if now is not None and now is not bound[name] and name not in cuts:
+                table[slot] = now
+
+    def all_exits(self, *args: Any, choice: Choice | None = None, **kwargs: Any) -> list[Any]:
+        """Return the outputs of every exit's head and of the whole network, in one pass."""
+        args, choice = _split_choice(args, choice)
+        plan = self.plan(choice)
+        with self._body(plan, self.space.complete(choice)) as body:
+            return body.run_all(args, kwargs)
+
+    def adaptive(
+        self, *args: Any, policy: Policy | None = None, choice: Choice | None = None, **kwargs: Any
+    ) -> Adaptive:
+        """Run each example as far as ``policy`` asks; see :mod:`pantarhei.elastic.exits`.
+
+        Examples that leave are taken out of the batch, so what follows computes only the rest.
+        Runs in evaluation mode. ``net.adaptive(x, policy)`` and keywords both work.
+        """
+        if args and policy is None and not isinstance(args[-1], (Tensor, Choice)):
+            args, policy = args[:-1], args[-1]
+        args, choice = _split_choice(args, choice)
+        if not self.exits:
+            raise RequestError("This network has no exits: make it elastic with exits=(...) first.")
+        if policy is None:
+            raise RequestError("adaptive() needs a policy: pass Confidence(0.9), for instance.")
+        plan = self.plan(choice)
+        with self._body(plan, self.space.complete(choice)) as body:
+            body.eval()
+            macs = self.exit_macs(choice)
+            return run_adaptive(body, args, kwargs, policy, macs, self._carriers)
+
+    def latency(
+        self, choice: Choice | None = None, *args: Any, repeats: int = 10, **kwargs: Any
+    ) -> float:
+        """Return the median milliseconds of a call in evaluation mode (default: example inputs)."""
+        args, kwargs = (args, kwargs) if args or kwargs else self.example
+        was = self.training
+        self.eval()
+        with torch.no_grad():
+            ms = latency_ms(self, *args, choice=choice, repeats=repeats, **kwargs)
+        self.train(was)
+        return ms
+
+    # --- normalisation ------------------------------------------------------------------------
+
+    def _norm_modules(self) -> Iterator[tuple[str, nn.modules.batchnorm._NormBase]]:
+        for path, module in self._root_modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+                yield path, module
+
+    def recalibrate(
+        self, choice: Choice | None, batches: Iterable[Any], limit: int | None = 50
+    ) -> None:
+        """Measure the BatchNorm statistics of one sub-network and keep them for it.
+
+        Statistics gathered while many widths train belong to none of them (SortedNet sheet,
+        BatchNorm, strategy a): the running mean and variance start anew and become the cumulative
+        average over at most ``limit`` batches in training mode, with weights frozen. Each batch is
+        a tensor, a tuple whose first element is the input, or a dict of keywords. The statistics
+        are used in evaluation mode and saved with the network; the full model's own stay.
+        """
+        choice = self.space.complete(choice)
+        plan = self.plan(choice)
+        norms = dict(self._norm_modules())
+        if not norms:
+            return
+        fresh: dict[str, Tensor] = {}
+        with self._body(plan, choice) as body, torch.no_grad():
+            body.eval()
+            for path in norms:
+                m = body.index[path]
+                assert isinstance(m, nn.modules.batchnorm._NormBase)
+                assert m.running_mean is not None and m.running_var is not None
+                stats = {
+                    "running_mean": torch.zeros_like(m.running_mean),
+                    "running_var": torch.ones_like(m.running_var),
+                    "num_batches_tracked": torch.zeros((), dtype=torch.long),
+                }
+                m._buffers.update(stats)
+                fresh |= {f"{path}.{slot}": t for slot, t in stats.items()}
+                m.train()
+                m.momentum = None  # cumulative average
+            seen = 0
+            for batch in batches:
+                if limit is not None and seen >= limit:
+                    break
+                args, kwargs = as_call(_inputs_only(batch))
+                body.run(args, kwargs, plan.exit)
+                seen += 1
+            for path, m in norms.items():
+                body.index[path].momentum = m.momentum  # type: ignore[assignment]
+                for slot in ("running_mean", "running_var", "num_batches_tracked"):
+                    body.index[path]._buffers[slot] = None
+        if not seen:
+            raise RequestError("recalibrate() was given no batch: give at least one.")
+        self.statistics[choice] = fresh
+
+    def _switch_norms(self) -> None:
+        """Give every choice its own affine and statistics (strategy b; for small grids)."""
+        for choice in self.space:
+            alive_cuts = self.plan(choice).cuts
+            for path, module in self._norm_modules():
+                for slot in ("weight", "bias", "running_mean", "running_var"):
+                    tensor = getattr(module, slot)
+                    if tensor is None:
+                        continue
+                    for cut in alive_cuts.get(f"{path}.{slot}", ()):
+                        tensor = cut(tensor)
+                    key = f"{choice}|{path}.{slot}".replace(".", ":")
+                    own = tensor.detach().clone()
+                    self.switched[key] = nn.Parameter(own, requires_grad=slot in ("weight", "bias"))
+
+    def _switched_names(self, choice: Choice) -> dict[str, Tensor]:
+        if self.norm != "switchable":
+            return {}
+        head = f"{choice}|".replace(".", ":")
+        return {
+            key.removeprefix(head).replace(":", "."): p if p.requires_grad else p.data
+            for key, p in self.switched.items()
+            if key.startswith(head)
+        }
+
+    # --- leaving the library ------------------------------------------------------------------
+
+    def extract(self, choice: Choice | None = None) -> nn.Module:
+        """Return the sub-network as a plain module with its own weights and no trace of this one.
+
+        It is of the model's own class, trains, saves, compiles and exports by itself. A choice that
+        leaves at an exit has no class of its own: it is returned as the ``torch.export`` graph of
+        the part that runs, for evaluation, with a free batch size.
+        """
+        choice = self.space.complete(choice)
+        plan = self.plan(choice)
+        live = self.tensors()
+        with self._body(plan, choice) as body:
+            plain = _own_weights(body, {name for name, t in live.items() if t.requires_grad})
+        if plan.exit is not None:
+            return plain.export(*self.example, plan.exit)
+        _drop_blocks(plain.model, plan.skipped)
+        return plain.model
+
+    def __repr__(self) -> str:
+        return f"ElasticNet({type(self.model).__name__}, {self.space!r})"
+
+
+def elastic(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    width: Axis | None = None,
+    depth: Axis | None = None,
+    heads: Axis | None = None,
+    mlp: Axis | None = None,
+    exits: Any = None,
+    norm: str = "shared",
+    rescale: str | None = None,
+) -> ElasticNet:
+    """Make any network a space of sub-networks, without a change to its code.
+
+    Args:
+        model: any module; it is not changed, and its parameters become the shared weights.
+        example_inputs: a tensor, a tuple of arguments or a dict of keywords that ``model`` accepts.
+        width: ratios for every channel group that no other axis claims; a mapping from name
+            patterns to ratios; or :class:`Sized` for rounding and one axis per group.
+        heads: ratios for attention heads (whole key-value groups in grouped-query attention).
+        mlp: ratios for the hidden units between two linear layers.
+        depth: numbers of blocks (ints) or ratios (floats) for every stage of residual blocks, or a
+            mapping from stage names to them.
+        exits: names of modules after which the network can end, or a mapping from names to heads;
+            heads that are not given are built (pooling and a linear layer to the model's outputs).
+        norm: "shared" BatchNorm statistics (recalibrate what you choose), or "switchable": own
+            statistics and affine for every choice of a small grid.
+        rescale: "sqrt" multiplies a layer's weight by sqrt(n / k) when k of its n inputs are kept
+            (DyLoRA, arXiv 2210.07558), or None.
+
+    A sub-network is the model's own forward on views of its weights: theta(b) keeps what survives
+    truncation along every axis (SortedNet, arXiv 2309.00255), and smaller choices are nested in
+    larger ones. Raises :class:`RequestError` when the model cannot run on the example inputs, when
+    nothing of what is asked for can change, and for values that make no sense.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> net = elastic(model, torch.ones(1, 4), width=(0.25, 0.5, 1.0))
+    >>> small = Choice(width=0.25)
+    >>> net.cost(small).macs, net.cost().macs
+    (14, 56)
+    >>> x = torch.randn(5, 4)
+    >>> bool((net(x, small) == net.extract(small)(x)).all())
+    True
+    """
+    if norm not in ("shared", "switchable"):
+        raise RequestError(f"norm={norm!r} is unknown: use 'shared' or 'switchable'.")
+    if rescale not in (None, "sqrt"):
+        raise RequestError(f"rescale={rescale!r} is unknown: use 'sqrt' or None.")
+    args, kwargs = as_call(example_inputs)
+    found = Exits.find(model, args, kwargs, exits) if exits else None
+    axes = {"width": width, "depth": depth, "heads": heads, "mlp": mlp}
+    if all(a is None for a in (*axes.values(), found)):
+        raise RequestError("Nothing to make elastic: name at least one of width, depth, heads, "
+                           "mlp, exits.")  # fmt: skip
+    net = ElasticNet(model, example_inputs, axes, found, norm, rescale)
+    net.train(model.training)
+    if found:
+        found.check_batches(net)
+    return net
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read inputs given as one value, a tuple of arguments or a mapping of keywords."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def _inputs_only(batch: Any) -> Any:
+    """Return what the model reads of a batch: all keywords but labels, or the first element."""
+    if isinstance(batch, Mapping):
+        return {k: v for k, v in batch.items() if k != "labels"}
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _split_choice(
+    args: tuple[Any, ...], choice: Choice | None
+) -> tuple[tuple[Any, ...], Choice | None]:
+    if args and isinstance(args[-1], Choice):
+        if choice is not None:
+            raise RequestError("Two choices were given: pass one, by position or as choice=.")
+        return args[:-1], args[-1]
+    return args, choice
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
+    return tensors[0].shape[0] if tensors else 1
+
+
+def _under(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent + ".")
+
+
+def _check_ratios(kind: str, ratios: Sequence[Value]) -> None:
+    if not ratios or any(not 0 < float(r) <= 1 for r in ratios):
+        raise RequestError(
+            f"{kind}={tuple(ratios)!r} is not a set of ratios: give numbers above 0 and at most 1."
+        )
+
+
+def _depth(value: Value, stage: Stage) -> int:
+    """Return the blocks of a stage that a depth (a number of blocks, or a ratio) keeps."""
+    n = len(stage.blocks)
+    wanted = math.ceil(value * n - 1e-9) if isinstance(value, float) else value
+    return min(n, max(wanted, stage.smallest))
+
+
+def _own_weights(body: Root, trainable: set[str]) -> Root:
+    """Copy a bound skeleton into a module with contiguous parameters of its own."""
+    tensors, slots = named_tensors(body)
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors.items():
+        path, slot = slots[name][0]
+        parameter = slot in body.index[path]._parameters
+        own = tensor.detach().clone(memory_format=torch.contiguous_format)
+        memo[id(tensor)] = nn.Parameter(own, name in trainable) if parameter else own
+    index = body.__dict__.pop("index")  # names skipped blocks too, which are not to be copied
+    try:
+        return copy.deepcopy(body, memo)
+    finally:
+        body.__dict__["index"] = index
+
+
+def _drop_blocks(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Take skipped blocks out of the lists that hold them."""
+    modules = dict(model.named_modules())
+    for block in reversed(blocks):  # from the end, so that positions in a list stay valid
+        parent, _, child = block.rpartition(".")
+        holder = modules[parent]
+        assert isinstance(holder, (nn.ModuleList, nn.Sequential))
+        del holder[list(holder._modules).index(child)]

@@ -1,0 +1,264 @@
+"""Search for the best sub-network under a budget, where the space is too large to measure whole.
+
+The three methods share one signature, so one word changes the method::
+
+    found = evolutionary(net.space, evaluate, cost, budget, evaluations=100, seed=0)
+
+``evaluate(choice) -> float`` is dear (higher is better; NaN counts as worst) and called exactly
+``evaluations`` times, never twice for a choice; ``cost(choice) -> float`` is cheap (for instance
+``lambda c: net.cost(c).macs``) and must not fall when an axis grows. Where the space is small
+enough to measure, :func:`pantarhei.elastic.frontier.frontier` needs no search at all.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from pantarhei.elastic.space import Choice, Space
+from pantarhei.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best choice of a search, and every evaluation in order."""
+
+    choice: Choice
+    quality: float
+    history: tuple[tuple[Choice, float], ...]
+
+    @property
+    def best_so_far(self) -> list[float]:
+        """The best quality after each evaluation."""
+        return list(np.fmax.accumulate([quality for _, quality in self.history]))
+
+
+class _Search:
+    """What the methods share: feasible choices, and evaluations counted and remembered."""
+
+    def __init__(
+        self,
+        space: Space,
+        evaluate: Callable[[Choice], float],
+        cost: Callable[[Choice], float],
+        budget: float,
+        evaluations: int,
+        seed: int,
+    ) -> None:
+        if evaluations < 1:
+            raise RequestError(f"evaluations={evaluations}: allow at least one evaluation.")
+        if not cost(space.smallest) <= budget:
+            raise RequestError(
+                f"No sub-network fits the budget {budget:g}: the smallest costs "
+                f"{cost(space.smallest):g}."
+            )
+        self.space, self.cost, self.budget = space, cost, budget
+        self._evaluate, self.evaluations = evaluate, evaluations
+        self.random = random.Random(seed)
+        self.seen: dict[Choice, float] = {}
+
+    @property
+    def left(self) -> int:
+        """Evaluations that may still be made."""
+        return self.evaluations - len(self.seen)
+
+    def evaluate(self, choice: Choice) -> None:
+        """Spend one evaluation; a quality that is not a number is the worst there is."""
+        quality = float(self._evaluate(choice))
+        self.seen[choice] = -math.inf if math.isnan(quality) else quality
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether the choice is within the budget."""
+        return self.cost(choice) <= self.budget
+
+    def repaired(self, choice: Choice) -> Choice:
+        """Shrink random axes step by step until the choice fits (cost never rises that way)."""
+        while not self.fits(choice):
+            axes = [a for a, values in self.space.axes.items() if choice[a] > values[0]]
+            axis = self.random.choice(axes)
+            values = self.space.axes[axis]
+            choice = choice.replace(**{axis: values[values.index(choice[axis]) - 1]})
+        return choice
+
+    def uniform(self) -> Choice:
+        """Draw uniformly from the choices that fit; where these are rare, repair the last draw."""
+        for _ in range(50):
+            drawn = {a: self.random.choice(values) for a, values in self.space.axes.items()}
+            if self.fits(choice := Choice(drawn)):
+                break
+        return self.repaired(choice)
+
+    def mutated(self, choice: Choice, rate: float) -> Choice:
+        """Change each axis with probability ``rate`` (one at least), mostly by a single step."""
+        axes = [a for a in self.space.axes if self.random.random() < rate]
+        changed: dict[str, float | int] = {}
+        for axis in axes or [self.random.choice(list(self.space.axes))]:
+            values = self.space.axes[axis]
+            step = values.index(choice[axis]) + self.random.choice((-1, 1))
+            near = values[min(max(step, 0), len(values) - 1)]
+            changed[axis] = near if self.random.random() < 0.7 else self.random.choice(values)
+        return self.repaired(choice.replace(**changed))
+
+    def fresh(self, propose: Callable[[], Choice], tries: int = 50) -> Choice | None:
+        """Return the first proposal not evaluated yet; None when the well seems dry."""
+        for _ in range(tries):
+            if (choice := propose()) not in self.seen:
+                return choice
+        return None
+
+    def start(self, n: int) -> None:
+        """Evaluate ``n`` random choices (fewer where the space has no more)."""
+        for _ in range(min(n, self.left)):
+            if (choice := self.fresh(self.uniform)) is not None:
+                self.evaluate(choice)
+
+    def found(self) -> Found:
+        """Return the best choice, the cheapest of equals."""
+        best = max(self.seen, key=lambda c: (self.seen[c], -self.cost(c)))
+        history = tuple((c, math.nan if q == -math.inf else q) for c, q in self.seen.items())
+        return Found(best, history[list(self.seen).index(best)][1], history)
+
+
+def random_search(
+    space: Space,
+    evaluate: Callable[[Choice], float],
+    cost: Callable[[Choice], float],
+    budget: float,
+    evaluations: int,
+    seed: int = 0,
+) -> Found:
+    """Evaluate choices drawn uniformly from those that fit the budget: the baseline.
+
+    >>> space = Space({"width": (1, 2, 3, 4), "depth": (1, 2, 3)})
+    >>> area = lambda c: c["width"] * c["depth"]
+    >>> str(random_search(space, area, area, budget=8, evaluations=10).choice)
+    'depth=2 width=4'
+
+    Raises :class:`RequestError` when not even the smallest choice fits.
+    """
+    search = _Search(space, evaluate, cost, budget, evaluations, seed)
+    search.start(evaluations)
+    return search.found()
+
+
+def evolutionary(
+    space: Space,
+    evaluate: Callable[[Choice], float],
+    cost: Callable[[Choice], float],
+    budget: float,
+    evaluations: int,
+    seed: int = 0,
+    *,
+    parents: int = 8,
+) -> Found:
+    """Evolve choices within the budget: mutation and crossover of the best ones so far.
+
+    A quarter of the evaluations is spent on random choices; then each child has either one parent
+    of the best ``parents``, mutated, or two, mixed axis by axis, and is shrunk until it fits
+    (the search of Once-for-all, arXiv 1908.09791, one child at a time so that each counts).
+
+    Raises :class:`RequestError` when not even the smallest choice fits.
+    """
+    search = _Search(space, evaluate, cost, budget, evaluations, seed)
+    search.start(max(2, evaluations // 4))
+    rate = 1.5 / max(1, len(space.axes))
+    while search.left:
+        best = sorted(search.seen, key=search.seen.__getitem__, reverse=True)[:parents]
+        child = search.fresh(partial(_child, search, best, rate)) or search.fresh(search.uniform)
+        if child is None:
+            break
+        search.evaluate(child)
+    return search.found()
+
+
+def _child(search: _Search, best: list[Choice], rate: float) -> Choice:
+    # the better of two random ones: pressure without losing variety
+    def parent() -> Choice:
+        return best[min(search.random.randrange(len(best)) for _ in range(2))]
+
+    if search.random.random() < 0.5:
+        return search.mutated(parent(), rate)
+    one, two = parent(), parent()
+    mixed = {axis: search.random.choice((one, two))[axis] for axis in search.space.axes}
+    return search.mutated(Choice(mixed), rate / 2)
+
+
+def predictor_guided(
+    space: Space,
+    evaluate: Callable[[Choice], float],
+    cost: Callable[[Choice], float],
+    budget: float,
+    evaluations: int,
+    seed: int = 0,
+    *,
+    candidates: int = 500,
+    explore: float = 1.0,
+) -> Found:
+    """Learn a cheap predictor of quality from what was evaluated and evaluate where it is best.
+
+    After a quarter of the evaluations on random choices, a Gaussian process over the positions of
+    the values along their axes is fitted again every few evaluations; of ``candidates`` cheap ones
+    (random, and mutations of the best) that fit the budget, the one of the highest upper bound
+    mean + ``explore`` * deviation is evaluated.
+
+    Raises :class:`RequestError` when not even the smallest choice fits.
+    """
+    search = _Search(space, evaluate, cost, budget, evaluations, seed)
+    search.start(max(2, evaluations // 4))
+    batch = max(1, evaluations // 40)
+    while search.left:
+        pool = list(dict.fromkeys(_candidates(search, candidates)))
+        if not pool:
+            break
+        mean, deviation = _predict(search, pool)
+        order = np.argsort(-(mean + explore * deviation), kind="stable")
+        for index in order[: min(batch, search.left)]:
+            search.evaluate(pool[index])
+    return search.found()
+
+
+def _candidates(search: _Search, n: int) -> Iterator[Choice]:
+    """Yield choices that fit and were not evaluated: half random, half mutations of the best."""
+    best = sorted(search.seen, key=search.seen.__getitem__, reverse=True)[:8]
+    rate = 2.0 / max(1, len(search.space.axes))
+    for i in range(n):
+        parent = best[i % len(best)]
+        choice = search.uniform() if i % 2 else search.mutated(parent, rate)
+        if choice not in search.seen:
+            yield choice
+
+
+def _predict(search: _Search, pool: list[Choice]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the predicted quality of the candidates and its standard deviation."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
+    known = [(choice, q) for choice, q in search.seen.items() if math.isfinite(q)]
+    if len(known) < 2:
+        return np.zeros(len(pool)), np.zeros(len(pool))
+    inputs = _encode(search.space, [choice for choice, _ in known])
+    qualities = np.array([q for _, q in known])
+    kernel = ConstantKernel(1.0) * RBF(np.full(inputs.shape[1], 1.0)) + WhiteKernel(1e-3)
+    model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(inputs, qualities)
+    mean, deviation = model.predict(_encode(search.space, pool), return_std=True)
+    return mean, deviation
+
+
+def _encode(space: Space, choices: list[Choice]) -> np.ndarray:
+    """Encode each axis as the position of its value, 0 to 1."""
+    columns = [
+        [values.index(choice[axis]) / max(1, len(values) - 1) for choice in choices]
+        for axis, values in space.axes.items()
+    ]
+    return np.array(columns).T
