@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from skimage import data as skimage_data
 
 from pantarhei.compute.enhancement import job
 from pantarhei.compute.enhancement.job import Result, enhance, exit_code, plan, run_job, within
 from pantarhei.compute.enhancement.nested_unet import NestedUNet
 from pantarhei.compute.enhancement.routing import Calibration
-from pantarhei.compute.enhancement.shipped import save_model
+from pantarhei.compute.enhancement.shipped import SHIPPED, save_model
 from pantarhei.compute.enhancement.tiles import Enhancer
 from pantarhei.errors import RequestError
 
@@ -136,6 +137,21 @@ def test_both_planes_of_cmyk_are_enhanced_at_one_exit(net: NestedUNet, tmp_path:
     assert change[:, :, 3].any() and change[:, :, 0].any()
     inside = ((after > 0) & (after < 255))[:, :, :3].all(2)
     assert np.array_equal(change[inside][:, 0], change[inside][:, 1])
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped model has not been trained yet")
+@pytest.mark.parametrize("quality", [10, 30])
+def test_the_shipped_model_repairs_a_photograph(tmp_path: Path, quality: int) -> None:
+    raw = skimage_data.astronaut()[:256, :256]
+    Image.fromarray(raw).save(tmp_path / "a.jpg", quality=quality)
+    done = enhance(tmp_path / "a.jpg")
+
+    def error(pixels: np.ndarray) -> float:
+        weights = np.array([0.299, 0.587, 0.114])
+        return float(np.square((pixels.astype(float) - raw) @ weights).mean())
+
+    before = error(np.asarray(Image.open(tmp_path / "a.jpg")))
+    assert 10 * np.log10(before / error(done.array())) > 0.3  # dB
 
 
 # ---- how the exit is chosen ------------------------------------------------------------------

@@ -90,6 +90,7 @@ def test_three_ways_to_choose_a_threshold():
 def test_a_threshold_better_than_the_last_exit_is_taken_and_a_flat_curve_has_a_corner():
     falling = curve(gain=(1.1, 1.05, 1.0, 1.0))
     assert falling.within_loss(0.02) == 0.0
+    assert curve(gain=(1.0, 1.1, 1.0, 1.0)).within_loss(0.02) == 0.5
     assert falling.turning_point() == 0.0
     assert curve(last_gain=2.0).within_loss(0.1) == 1.005
 
