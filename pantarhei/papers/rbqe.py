@@ -143,7 +143,7 @@ CLAIMS = (
 
 # Milliseconds a step on two cores (bf16, channels-last, 16 crops of 64x64): the network 125,
 # DnCNN 712, DCAD 317, a single exit 115. At `cpu` 850 steps of each are 18 minutes, six networks
-# of 400 steps for the weights 5, everything else 4: below 30 with a margin for the machine.
+# of 250 steps for the weights 3, everything else 4: below 30 with a margin for the machine.
 SETTINGS: dict[str, dict[str, int | float | str | bool | tuple[Any, ...]]] = {
     "quick": {
         "data": "photographs",
@@ -173,7 +173,7 @@ SETTINGS: dict[str, dict[str, int | float | str | bool | tuple[Any, ...]]] = {
         "precision": "bf16",
         "baselines": True,
         "weight_seeds": 3,
-        "weight_steps": 400,
+        "weight_steps": 250,
         "test_crop": 256,
         "loss_db": 0.01,
     },
@@ -190,7 +190,7 @@ SETTINGS: dict[str, dict[str, int | float | str | bool | tuple[Any, ...]]] = {
         "precision": "bf16",
         "baselines": True,
         "weight_seeds": 3,
-        "weight_steps": 4000,
+        "weight_steps": 2500,
         "test_crop": 512,
         "loss_db": 0.01,
     },
