@@ -9,7 +9,6 @@ shape, the calibrated thresholds and how it was trained. Neither can carry code.
 from __future__ import annotations
 
 import os
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -130,7 +129,6 @@ def train_shipped(
     """
     from pantarhei.fit import fit
 
-    began = time.monotonic()
     pictures = data.load("images_train_color")
     planes = list(raw_luma(pictures).values())
     validation = planes[::10]
@@ -161,7 +159,6 @@ def train_shipped(
         "data": f"{len(training)} images of {pictures.source}, luma, half size",
         "codec": "JPEG files (Pillow), quality 5, 10, ..., 95 mixed",
         "recipe": {"steps": steps, "batch": batch, "crop": size, "lr": lr, "seed": seed},
-        "seconds": round(time.monotonic() - began),
         "command": "python -m pantarhei.compute.enhancement.shipped",
     }
     save_model(out, net, calibration, about)
