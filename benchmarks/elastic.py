@@ -55,7 +55,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Three stages of basic blocks for 32 x 32 images."""
 
-    def __init__(self, width: int = 64, blocks: int = 2) -> None:
+    def __init__(self, width: int = 32, blocks: int = 2) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
         sizes = [width, width, 2 * width, 4 * width]
@@ -113,7 +113,7 @@ class _Dynamic:
 
 
 def race(*calls: Callable[[], object], repeats: int = 15) -> list[float]:
-    """Return the median milliseconds of each call, measured in turn so that drift hits all alike."""
+    """Return the median milliseconds of each call, in turns so that drift hits all alike."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(3):
         for call in calls:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -42,6 +44,17 @@ def storage(module: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(t.numel() * t.element_size() for t in tensors)
 
 
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Keep ``nn.MultiheadAttention`` and its encoder layers in operations that can be watched."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
+
+
 def profile(module: nn.Module, *args: Any, **kwargs: Any) -> Cost:
     """Count one call of ``module`` as torch's own profiler does; ``macs`` is for the whole call.
 
@@ -50,7 +63,9 @@ def profile(module: nn.Module, *args: Any, **kwargs: Any) -> Cost:
     >>> profile(nn.Linear(3, 4), torch.ones(2, 3))
     Cost(macs=24, params=16, bytes=64, latency_ms=None)
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The counter knows nothing of attention that runs in one fused CPU kernel.
+    counter = FlopCounterMode(display=False)
+    with without_fast_path(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
         module(*args, **kwargs)
     return Cost(counter.get_total_flops() // 2, *storage(module))
 

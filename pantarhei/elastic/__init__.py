@@ -15,8 +15,8 @@ from pantarhei.elastic.exits import (
     PooledHead,
     calibrate,
 )
-from pantarhei.elastic.net import ElasticNet, Sized, elastic
 from pantarhei.elastic.frontier import Frontier, accuracy, frontier
+from pantarhei.elastic.net import ElasticNet, Sized, elastic
 from pantarhei.elastic.space import Choice, Space
 from pantarhei.elastic.store import load, save
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # What a value may meet on its way around a block and still be the block's input, passed on.
-_PASSES = ("Add", "Relu", "Gelu", "Silu", "LayerNorm", "View", "Transpose", "Permute", "Clone",
-           "Reshape", "Alias", "ToCopy", "Unsqueeze", "Squeeze", "Contiguous")  # fmt: skip
+_PASSES = frozenset({
+    "Add", "Alias", "Clone", "Gelu", "NativeLayerNorm", "Permute", "Relu", "ReshapeAlias", "Silu",
+    "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,87 +41,128 @@ class Stage:
 
 def first_tensor(value: Any) -> Tensor | None:
     """Return the tensor a module passes on: its output, or the first of a tuple or data class."""
-    if isinstance(value, Tensor):
-        return value
+    if is_dataclass(value) and not isinstance(value, (type, dict)):
+        value = vars(value)
     if isinstance(value, dict):
         value = tuple(value.values())
-    return (
-        value[0]
-        if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor)
-        else None
-    )
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
 
 
-def _goes_around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Say whether the input reaches the output by additions alone (and what commutes with them)."""
-    leaf = args[0].detach().clone().requires_grad_(True)
-    with torch.enable_grad():
-        out = first_tensor(module(leaf.clone(), *args[1:], **kwargs))
+def _goes_around(out: Tensor, start: Any) -> bool:
+    """Say whether a node of the graph reaches a tensor by sums alone (and what commutes with them).
+
+    At least one sum has to be on the way: an identity is no residual block.
+    """
     seen: set[tuple[Any, bool]] = set()
-    todo = [(out.grad_fn if out is not None else None, False)]
+    todo = [(out.grad_fn, False)]
     while todo:
         node, added = todo.pop()
         if node is None or (node, added) in seen:
             continue
         seen.add((node, added))
-        if getattr(node, "variable", None) is leaf:
+        if node is start:
             if added:
                 return True
             continue
-        if any(word in node.name() for word in _PASSES):
-            added = added or "Add" in node.name()
-            todo += [(below, added) for below, _ in node.next_functions]
+        kind = re.sub(r"Backward\d*$", "", node.name())
+        if kind in _PASSES:
+            todo += [(below, added or kind == "Add") for below, _ in node.next_functions]
     return False
 
 
-def find_stages(
+def _verdict(x: Any, start: Any, out: Any) -> str | None:
+    """Say why a block that got ``x`` and returned ``out`` has to run, or None when it can go."""
+    result = first_tensor(out)
+    if not isinstance(x, Tensor) or result is None:
+        return "it does not pass on a tensor"
+    if result.shape != x.shape or result.dtype != x.dtype:
+        return f"it turns shape {tuple(x.shape[1:])} into {tuple(result.shape[1:])}"
+    if not isinstance(out, (Tensor, tuple)) or (
+        isinstance(out, tuple) and any(v is not None for v in out[1:])
+    ):
+        return "it returns more than the tensor it passes on"
+    if start is None or not _goes_around(result, start):
+        return "it has no residual path around it"
+    return None
+
+
+@dataclass
+class _Call:
+    """One call of a block: why it has to run (None: it can go), and the form of its output."""
+
+    why: str | None
+    nones: int | None
+
+
+def _watch_blocks(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Stage], dict[str, str], dict[str, Any]]:
-    """Return the stages of ``model`` whose depth can change, why other blocks have to run, and the
-    form of what each skippable block returns.
+) -> dict[str, list[_Call]]:
+    """Run a model once, with the autograd graph as a record of what goes around each block."""
+    calls: dict[str, list[_Call]] = {}
+    starts: dict[str, list[Any]] = {}
+
+    def enter(name: str) -> Any:
+        def hook(_: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> Any:
+            x = a[0] if a else None
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                starts.setdefault(name, []).append(None)
+                return None
+            x = (x if x.requires_grad else x.detach().requires_grad_()).clone()
+            starts.setdefault(name, []).append(x.grad_fn)
+            return (x, *a[1:]), k
+
+        return hook
+
+    def leave(name: str) -> Any:
+        def hook(_: nn.Module, a: tuple[Any, ...], k: dict[str, Any], out: Any) -> None:
+            why = _verdict(a[0] if a else None, starts[name].pop(), out)
+            nones = len(out) - 1 if isinstance(out, tuple) else None
+            calls.setdefault(name, []).append(_Call(why, nones))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name and next(module.children(), None) is not None:
+            module.register_forward_pre_hook(enter(name), with_kwargs=True)
+            module.register_forward_hook(leave(name), with_kwargs=True)
+    with torch.enable_grad():
+        model(*args, **kwargs)
+    return calls
+
+
+def find_stages(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    exits: Sequence[str] = (),
+) -> tuple[list[Stage], dict[str, str], dict[str, int | None]]:
+    """Return the stages of ``model`` whose depth can change, and why other blocks have to run.
+
+    Third comes the form of what each skippable block returns: None for a tensor, else the number of
+    Nones that follow it in a tuple. A block with one of the ``exits`` inside has to run.
 
     A block is skippable when it is called once, returns what it gets in shape and type, and passes
     its input around itself by a residual sum. Innermost blocks that stand in a list
     (``nn.Sequential``, ``nn.ModuleList``) count; one that cannot be skipped (it down-samples, say)
     begins a new stage and always runs.
     """
-    calls: dict[str, list[tuple[Any, Any, Any]]] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _, a, k, out: calls.setdefault(name, []).append((a, k, out))
-
+    calls = _watch_blocks(model, args, kwargs)
     modules = dict(model.named_modules())
-    handles = [
-        m.register_forward_hook(keep(name), with_kwargs=True)
-        for name, m in modules.items()
-        if name and next(m.children(), None) is not None
-    ]
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
     why: dict[str, str] = {}
 
     def skippable(name: str) -> bool:
-        if len(calls.get(name, [])) != 1:
-            why[name] = "it runs more than once or not at all"
-            return False
-        a, k, out = calls[name][0]
-        result = first_tensor(out)
-        if not a or not isinstance(a[0], Tensor) or result is None:
-            why[name] = "it does not pass on a tensor"
-        elif result.shape != a[0].shape or not result.is_floating_point():
-            why[name] = f"it turns shape {tuple(a[0].shape[1:])} into {tuple(result.shape[1:])}"
-        elif not isinstance(out, Tensor) and any(v is not None for v in list(out)[1:]):
-            why[name] = "it returns more than the tensor it passes on"
-        elif not _goes_around(modules[name], a, k):
-            why[name] = "it has no residual path around it"
-        else:
-            return True
-        return False
+        reason = (
+            calls[name][0].why
+            if len(calls.get(name, [])) == 1
+            else ("it runs more than once or not at all")
+        )
+        if any(e.startswith(f"{name}.") for e in exits):
+            reason = "an exit is inside it"
+        if reason:
+            why[name] = reason
+        return not reason
 
     containers = {
         name: [f"{name}.{c}" if name else c for c, _ in m.named_children()]
@@ -126,7 +171,7 @@ def find_stages(
     }
     found: dict[str, list[str]] = {}
     for name, children in reversed(containers.items()):  # children come before what holds them
-        inner = [c for c in children if any(s.startswith(c + ".") for s in found)]
+        inner = [c for c in children if any(f"{s}.".startswith(f"{c}.") for s in found)]
         composite = [c for c in children if next(modules[c].children(), None) is not None]
         if not inner and composite:
             good = [c for c in composite if skippable(c)]
@@ -140,7 +185,7 @@ def find_stages(
     # The reasons that matter: of blocks beside skippable ones, or of all where there are none.
     beside = {c for name in found for c in containers[name]}
     reasons = {b: r for b, r in why.items() if b in beside or not stages}
-    return stages, reasons, {b: calls[b][0][2] for s in stages for b in s.skippable}
+    return stages, reasons, {b: calls[b][0].nones for s in stages for b in s.skippable}
 
 
 def _split(container: str, children: list[str], skippable: list[str]) -> list[Stage]:

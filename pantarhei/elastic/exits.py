@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pantarhei.elastic.blocks import first_tensor
+from pantarhei.elastic.structure import as_call, inputs_only, skeleton
+from pantarhei.elastic.trace import first_run
 from pantarhei.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Confidence:
         )
 
     def __call__(self, answers: list[Tensor]) -> Tensor:
+        """Return who leaves."""
         return self.score(answers[-1]) >= _at(self.threshold, len(answers))
 
 
@@ -73,6 +76,7 @@ class Entropy:
         return (logs.exp() * logs).sum(-1).reshape(len(logits), -1).mean(1)
 
     def __call__(self, answers: list[Tensor]) -> Tensor:
+        """Return who leaves."""
         return self.score(answers[-1]) >= -_at(self.threshold, len(answers))
 
 
@@ -88,6 +92,7 @@ class Patience:
     exits: int = 2
 
     def __call__(self, answers: list[Tensor]) -> Tensor:
+        """Return who leaves."""
         if len(answers) < self.exits:
             return torch.zeros(len(answers[-1]), dtype=torch.bool, device=answers[-1].device)
         votes = torch.stack([a.argmax(-1) for a in answers[-self.exits :]])
@@ -156,13 +161,19 @@ def calibrate(
     strictest that, on average over these examples, stays within the budget; raises
     :class:`RequestError` when even leaving at the first exit costs more.
     """
+    if not net.exits:
+        raise RequestError("This network has no exits: make it elastic with exits=(...) first.")
+    if not macs > 0:
+        raise RequestError(f"macs={macs!r} is no budget: give a share of the MACs above 0.")
+    choice = net.space.complete(choice)
+    plan = net.plan(choice)
     costs = torch.tensor(net.exit_macs(choice), dtype=torch.float64)
     budget = macs * float(costs[-1])
     scores = []
     with torch.no_grad():
         for batch in data:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            answers = net.all_exits(x, choice=choice)[:-1]
+            with net._body(plan, choice, evaluate=True) as body:
+                answers = body.run_all(*as_call(inputs_only(batch)))[:-1]
             scores.append(torch.stack([policy(0.0).score(as_logits(a)) for a in answers], 1))
     if not scores:
         raise RequestError("calibrate() was given no data: pass at least one validation batch.")
@@ -192,7 +203,11 @@ def calibrate(
 
 
 def _at(threshold: float | tuple[float, ...], exit: int) -> float:
-    return threshold[exit - 1] if isinstance(threshold, tuple) else threshold
+    if not isinstance(threshold, tuple):
+        return threshold
+    if len(threshold) < exit:
+        raise RequestError(f"{len(threshold)} thresholds are too few: exit {exit} has none.")
+    return threshold[exit - 1]
 
 
 def as_logits(output: Any) -> Tensor:
@@ -231,8 +246,8 @@ class PooledHead(nn.Module):
         return self.linear(self.norm(pooled))
 
 
-class Stop(Exception):
-    """Ends a forward pass at an exit, with its answer."""
+class Stop(BaseException):
+    """Ends a forward pass at an exit, with its answer; no model's ``except Exception`` holds it."""
 
     def __init__(self, answer: Any) -> None:
         super().__init__()
@@ -252,9 +267,10 @@ class Exits:
         model: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        exits: Sequence[str] | Mapping[str, nn.Module | None],
+        exits: str | Sequence[str] | Mapping[str, nn.Module | None],
     ) -> Exits:
         """Look the exits up in ``model``, put them in the order in which they run, build heads."""
+        exits = (exits,) if isinstance(exits, str) else exits
         modules = dict(model.named_modules())
         for name in exits:
             if name not in modules or not name:
@@ -263,22 +279,22 @@ class Exits:
                     f"model.named_modules().{nearest(name, modules)}"
                 )
         order: dict[str, Tensor | None] = {}
+        body = skeleton(model).eval()
 
         def note(name: str) -> Callable[..., None]:
             def hook(_: Any, __: Any, out: Any) -> None:
-                order.setdefault(name, first_tensor(out))
+                if name in order:
+                    raise RequestError(
+                        f"The module '{name}' runs more than once in a forward pass: exit after "
+                        "one that runs once."
+                    )
+                order[name] = first_tensor(out)
 
             return hook
 
-        handles = [modules[name].register_forward_hook(note(name)) for name in exits]
-        was = model.training
-        try:
-            with torch.no_grad():
-                output = as_logits(model.eval()(*args, **kwargs))
-        finally:
-            model.train(was)
-            for handle in handles:
-                handle.remove()
+        for name in exits:
+            body.get_submodule(name).register_forward_hook(note(name))
+        output = as_logits(first_run(body, args, kwargs))
         given = exits if isinstance(exits, Mapping) else dict.fromkeys(exits)
         heads = []
         for name in order if len(order) == len(given) else exits:
@@ -296,7 +312,7 @@ class Exits:
                     )
                 last = out.dim() == 3
                 head = PooledHead(out.shape[-1 if last else 1], output.shape[-1], last)
-                head = head.to(out.device, out.dtype)
+                head = head.to(out.device, out.dtype).train(model.training)
             heads.append(head)
         return cls(tuple(order), heads)
 
@@ -306,11 +322,12 @@ class Exits:
         Raises :class:`RequestError` naming the exit after which the code insists on the full batch.
         """
         n = net.batch
-        args, kwargs = tree_map(lambda v: _twice(v, n), net.example)
+        (args, kwargs), rows = _enlarge(net.example, n)
         single = carriers(net, *net.example, n)
-        net._carriers = single & carriers(net, args, kwargs, 2 * n)
+        net._carriers = single & carriers(net, args, kwargs, rows)
+        plan = net.plan()
         for at in range(len(self.names)):
-            picks = iter([torch.arange(2 * n) % 2 == 0])
+            picks = iter([torch.arange(rows) % 2 == 0])
 
             def leave(answers: list[Tensor], at: int = at, picks: Any = picks) -> Tensor:
                 here = len(answers) == at + 1
@@ -319,10 +336,8 @@ class Exits:
 
             try:
                 got = net.adaptive(*args, policy=leave, **kwargs).logits[1::2]
-                with torch.no_grad():
-                    was = net.training
-                    want = as_logits(net.eval()(*args, **kwargs))[1::2]
-                    net.train(was)
+                with torch.no_grad(), net._body(plan, net.space.largest, evaluate=True) as body:
+                    want = as_logits(body.run(args, kwargs, None))[1::2]
                 torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
             except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
                 raise RequestError(
@@ -347,8 +362,7 @@ def carriers(
                 key = (path, side, position)
                 found[key] = found.get(key, True) and leaf.dim() > 0 and len(leaf) == n
 
-    with net._body(net.plan(), net.space.largest) as body:
-        body.eval()
+    with net._body(net.plan(), net.space.largest, evaluate=True) as body:
         handles = []
         for path, module in body.index.items():
             handles.append(
@@ -366,18 +380,66 @@ def carriers(
     return frozenset(key for key, carries in found.items() if carries)
 
 
-def _twice(value: Any, n: int) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == n:
-        return torch.cat([value, value])
-    return value
+def _enlarge(inputs: Any, n: int) -> tuple[Any, int]:
+    """Repeat a batch of ``n``, turned round, to at least 4 rows; return it and how many it has."""
+    times = 4 if n == 1 else 2
+
+    def repeat(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != n:
+            return value
+        return torch.cat([value, value.flip(0)] * (times // 2))
+
+    return tree_map(repeat, inputs), times * n
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A module of a body and the module that it copies, by their attributes.
+
+    ``plain``: the names of numbers, flags and text, which the copy follows; ``extent``: how many
+    attributes and hooks there were when the copy was made.
+    """
+
+    own: dict[str, Any]
+    theirs: dict[str, Any]
+    plain: tuple[str, ...]
+    extent: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, copy: nn.Module, module: nn.Module) -> Twin:
+        """Pair a module with its copy."""
+        theirs = vars(module)
+        kinds = (bool, int, float, str, tuple, type(None))
+        plain = tuple(name for name, value in theirs.items() if type(value) in kinds)
+        return cls(vars(copy), theirs, plain, _extent(theirs))
+
+
+def _extent(attributes: dict[str, Any]) -> tuple[int, int, int]:
+    hooks = attributes["_forward_hooks"], attributes["_forward_pre_hooks"]
+    return len(attributes), len(hooks[0]), len(hooks[1])
 
 
 class Root(nn.Module):
-    """The model and its exit heads under one roof: what is traced, bound to a choice, and run."""
+    """The model and its exit heads under one roof: what is traced, bound to a choice, and run.
+
+    ``twins`` pairs the modules of a copy with those it copies; ``lent``: autograd may run it again.
+    """
 
     def __init__(self, model: nn.Module, heads: nn.ModuleList, exits: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.heads, self.exits = model, heads, exits
+        self.twins: list[Twin] = []
+        self.lent = False
+
+    def follow(self) -> bool:
+        """Take over the plain attributes of the modules copied; False where more has changed."""
+        self.lent = False
+        for twin in self.twins:
+            if _extent(twin.theirs) != twin.extent:
+                return False
+            for name in twin.plain:
+                twin.own[name] = twin.theirs.get(name)
+        return True
 
     @cached_property
     def index(self) -> dict[str, nn.Module]:
@@ -396,7 +458,7 @@ class Root(nn.Module):
         def leave(_: Any, __: Any, out: Any) -> None:
             raise Stop(self.heads[exit](first_tensor(out)))
 
-        handle = self.index[f"model.{self.exits[exit]}"].register_forward_hook(leave)
+        handle = self.model.get_submodule(self.exits[exit]).register_forward_hook(leave)
         try:
             self.model(*args, **kwargs)
         except Stop as stop:
@@ -416,7 +478,7 @@ class Root(nn.Module):
             return hook
 
         handles = [
-            self.index[f"model.{name}"].register_forward_hook(answer(at))
+            self.model.get_submodule(name).register_forward_hook(answer(at))
             for at, name in enumerate(self.exits)
         ]
         try:
@@ -431,17 +493,17 @@ class Root(nn.Module):
         part = _Prefix(self, exit).eval()
         n = next(v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         # A batch of one would be taken for a constant.
-        args, kwargs = tree_map(lambda v: _twice(v, n), (args, kwargs))
+        (args, kwargs), rows = _enlarge((args, kwargs), n)
         batch = torch.export.Dim("batch", min=1)
 
         def free(value: Any) -> Any:
-            moves = isinstance(value, Tensor) and value.dim() and value.shape[0] == 2 * n
+            moves = isinstance(value, Tensor) and value.dim() and len(value) == rows
             return {0: batch} if moves else None
 
         named = inspect.signature(part.forward).bind(*args, **kwargs).arguments
         shapes = {name: tree_map(free, value) for name, value in named.items()}
         exported = torch.export.export(part, args, kwargs, dynamic_shapes=shapes, strict=False)
-        return _used_only(exported.module())
+        return _used_only(exported.module()).eval()
 
 
 class _Prefix(nn.Module):
@@ -464,6 +526,8 @@ def _used_only(graph: nn.Module) -> nn.Module:
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
     used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    # Exported graphs refuse train() and eval(); this is the same graph as an ordinary module.
+    graph = torch.fx.GraphModule(graph, graph.graph)
     for path, module in graph.named_modules():
         for table in (module._parameters, module._buffers):
             for name in list(table):
@@ -478,12 +542,25 @@ def _used_only(graph: nn.Module) -> nn.Module:
 
 @dataclass
 class Adaptive:
-    """A per-input run. ``logits``: each example's answer; ``exit``: where it left, from 1 (the
-    whole network is the last); ``macs``: what it cost, heads on the way included."""
+    """A per-input run.
+
+    ``logits``: each example's answer; ``exit``: where it left, from 1 (the whole network is the
+    last); ``macs``: what it cost, heads on the way included.
+    """
 
     logits: Tensor
     exit: Tensor
     macs: Tensor
+
+
+def _checked(leaving: Any, n: int) -> Tensor:
+    if isinstance(leaving, Tensor) and leaving.shape == (n,) and leaving.dtype == torch.bool:
+        return leaving
+    shape = f" of shape {tuple(leaving.shape)}" if isinstance(leaving, Tensor) else ""
+    raise RequestError(
+        f"The policy returned {getattr(leaving, 'dtype', type(leaving).__name__)}{shape}: it has "
+        f"to return a boolean tensor with one value for each of the {n} examples."
+    )
 
 
 def run_adaptive(
@@ -529,7 +606,7 @@ def run_adaptive(
             nonlocal here, answers
             features = first_tensor(out)
             answers.append(as_logits(body.heads[at](features)))
-            leaving = policy(answers).to(here.device)
+            leaving = _checked(policy(answers), len(here)).to(here.device)
             if not leaving.any():
                 return out
             settle(answers[-1], leaving, at)
@@ -546,7 +623,7 @@ def run_adaptive(
         return lambda _, a, k: shrink(path, "in", (a, k)) if len(sizes) > 1 else None
 
     handles = [
-        body.index[f"model.{name}"].register_forward_hook(hand_on(at))
+        body.model.get_submodule(name).register_forward_hook(hand_on(at))
         for at, name in enumerate(body.exits)
     ]
     handles += [

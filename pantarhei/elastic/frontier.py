@@ -243,10 +243,12 @@ class Frontier:
         *,
         named: Mapping[str, Choice] | None = None,
         against: Mapping[str, Frontier] | None = None,
+        label: str = "Pareto set",
     ) -> Figure:
         """Draw quality against MACs with the Pareto set; write PNG and SVG when ``path`` is given.
 
-        ``named`` labels choices; ``against`` draws the Pareto sets of other frontiers beside.
+        ``named`` marks choices; ``against`` draws the Pareto sets of other frontiers beside this
+        one, which is called ``label``.
         """
         from matplotlib.figure import Figure
 
@@ -256,13 +258,13 @@ class Frontier:
         axes.scatter(
             [p.cost.macs for p in shown], [p.quality for p in shown], s=14, alpha=0.5, label="all"
         )
-        for label, front in {"Pareto set": self, **(against or {})}.items():
+        for name, front in {label: self, **(against or {})}.items():
             best = front.pareto
-            axes.plot([p.cost.macs for p in best], [p.quality for p in best], ".-", label=label)
-        for label, choice in (named or {}).items():
+            axes.plot([p.cost.macs for p in best], [p.quality for p in best], ".-", label=name)
+        for name, choice in (named or {}).items():
             point = self[choice]
             axes.annotate(
-                label,
+                name,
                 (point.cost.macs, point.quality),
                 xytext=(12, -18),
                 textcoords="offset points",
@@ -410,7 +412,7 @@ def frontier(
     name: str | None = None,
     run: samplers.Forward = samplers.forward,
     checkpoint: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
     seed: int = 0,
 ) -> Frontier:
     """Measure the quality and the cost of the sub-networks of an elastic network.
@@ -432,7 +434,7 @@ def frontier(
     run: ``run(net, batch, choice) -> outputs``, for instance under autocast.
     checkpoint: a JSON file written atomically after every group; a later call with the same
         metric name goes on from it (what was measured before is not recalibrated again).
-    progress: show a bar on a terminal, plain lines elsewhere.
+    progress: show a bar on a terminal, plain lines elsewhere; a text is its label.
 
     Raises :class:`RequestError` for empty data, an empty or very large space, choices outside the
     space, a metric that counts nothing, or a checkpoint of another measurement.
@@ -451,10 +453,11 @@ def frontier(
         measure=getattr(net, "latency", None),
         device=machine(net),
     )
+    shown = progress if isinstance(progress, str) else "sub-networks"
     began = len(wanted) - len(left)
     with (
         _evaluating(net),
-        show_progress(len(wanted), "sub-networks", quiet=not progress, start=began) as bar,
+        show_progress(len(wanted), shown, quiet=not progress, start=began) as bar,
     ):
         for start in range(0, len(left), group):
             part = left[start : start + group]

@@ -6,20 +6,32 @@ import copy
 import fnmatch
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
 
 from pantarhei.cost import Cost, latency_ms
 from pantarhei.elastic.blocks import Stage, find_stages
-from pantarhei.elastic.exits import Adaptive, Exits, Policy, Root, run_adaptive
+from pantarhei.elastic.exits import Adaptive, Exits, Policy, Root, Twin, run_adaptive
 from pantarhei.elastic.space import Choice, Space, Value
-from pantarhei.elastic.structure import Cut, Structure, bind, named_tensors, skeleton
-from pantarhei.elastic.trace import Group, Seen
+from pantarhei.elastic.structure import (
+    Cut,
+    Structure,
+    as_call,
+    bind,
+    inputs_only,
+    named_tensors,
+    preserved,
+    skeleton,
+)
+from pantarhei.elastic.trace import Group, Seen, tensors_in
 from pantarhei.errors import RequestError, nearest
 
 Axis: TypeAlias = "Sequence[Value] | Mapping[str, Sequence[Value]] | Sized"
@@ -63,17 +75,30 @@ class _Plan:
     scales: dict[str, float]
 
 
-class _PassOn(nn.Module):
-    """Stands where a skipped block was: hands on its first argument in the block's own form."""
+def _pass_on(nones: int | None) -> nn.Module:
+    """Return what stands for a skipped block: it hands on its first argument in the block's form.
 
-    def __init__(self, form: Any) -> None:
-        super().__init__()
-        self.form = form
+    ``nones``: how many of them follow in a tuple; without, the argument is handed on by itself. A
+    plain graph, so that a network can be extracted with it.
+    """
+    graph = torch.fx.Graph()
+    x, *_ = (graph.placeholder(name) for name in ("x", "*rest", "**named"))
+    graph.output(x if nones is None else (x, *[None] * nones))
+    return torch.fx.GraphModule(nn.Module(), graph)
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
-        if isinstance(self.form, Tensor):
-            return x
-        return (x, *list(self.form)[1:])
+
+class _Lease:
+    """Returns a body to its pool when nothing can run it any more.
+
+    It hangs on the autograd graph of a call's outputs: checkpointing runs modules again in the
+    backward pass, and until then the body has to stay as it was.
+    """
+
+    def __init__(self, body: Root, idle: deque[Root]) -> None:
+        self.body, self.idle = body, idle
+
+    def __del__(self) -> None:
+        self.idle.append(self.body)
 
 
 class ElasticNet(nn.Module):
@@ -107,7 +132,7 @@ class ElasticNet(nn.Module):
         offered = self._claim(axes)
         self._structure.fit_code(root, self._smallest_units, self._axis_of)
         self.groups: dict[str, Group] = dict(self._structure.groups)
-        offered = {n: v for n, v in offered.items() if self._still_claimed(n)}
+        offered = self._kept_axes(axes, offered)
         offered |= self._depth_axes(axes.get("depth"))
         if self.exits:
             offered["exit"] = tuple(range(1, len(self.exits) + 2))
@@ -116,9 +141,10 @@ class ElasticNet(nn.Module):
             name.removeprefix("model."): why for name, why in self._structure.fixed.items()
         } | self._unskippable
         self._plans: OrderedDict[Choice, _Plan] = OrderedDict()
-        self._idle: deque[nn.Module] = deque()
+        self._idle: deque[Root] = deque()
         self.statistics: dict[Choice, dict[str, Tensor]] = {}
         self.switched = nn.ParameterDict()
+        self._switched_keys: dict[Choice, dict[str, str]] = {}
         self._carriers: frozenset[tuple[str, str, int]] = frozenset()
         if norm == "switchable":
             self._switch_norms()
@@ -131,12 +157,13 @@ class ElasticNet(nn.Module):
     def _stages(self, depth: Axis | None) -> None:
         self.stages: dict[str, Stage] = {}
         self._unskippable: dict[str, str] = {}
-        self._forms: dict[str, Any] = {}
+        self._stand_ins: dict[str, nn.Module] = {}
         if depth is None:
             return
         body = skeleton(self.model).eval()
-        stages, self._unskippable, self._forms = find_stages(body, *self.example)
+        stages, self._unskippable, forms = find_stages(body, *self.example, self.exits)
         self.stages = {s.name: s for s in stages}
+        self._stand_ins = {block: _pass_on(nones) for block, nones in forms.items()}
 
     def _claim(self, axes: Mapping[str, Axis | None]) -> dict[str, tuple[Value, ...]]:
         """Assign groups to axes; return the values each axis offers."""
@@ -167,24 +194,38 @@ class ElasticNet(nn.Module):
                     and (not pattern or fnmatch.fnmatch(g.name.removeprefix("model."), pattern))
                 ]
                 if not named:
-                    known = [g.name.removeprefix("model.") for g in mine]
-                    raise RequestError(
-                        f"No {kind} group of this network matches '{pattern or kind}' (it has: "
-                        f"{', '.join(known[:12]) or 'none'}): name one of them or leave "
-                        f"{kind}= out.{nearest(pattern, known)}"
-                    )
+                    raise self._no_group(kind, pattern, [g.name for g in mine])
                 axis = f"{kind}.{pattern}" if pattern else kind
                 offered[axis] = tuple(float(r) for r in ratios)
                 for group in named:
                     self._axes_of_groups[group.name] = (axis, sized)
         return offered
 
-    def _still_claimed(self, axis: str) -> bool:
-        return any(
-            claimed == axis
-            for name, (claimed, _) in self._axes_of_groups.items()
-            if name in self.groups
+    def _no_group(self, kind: str, pattern: str, known: Sequence[str]) -> RequestError:
+        known = [name.removeprefix("model.") for name in known]
+        why = [
+            f"'{name.removeprefix('model.')}' cannot change: {reason}"
+            for name, reason in sorted(self._structure.fixed.items(), key=_is_output)
+            if not pattern or fnmatch.fnmatch(name.removeprefix("model."), pattern)
+        ]
+        return RequestError(
+            f"No {kind} group of this network matches '{pattern or kind}' (it has: "
+            f"{', '.join(known[:12]) or 'none'}{'; ' if why else ''}{'; '.join(why[:3])}): "
+            f"name one of them or leave {kind}= out.{nearest(pattern, known)}"
         )
+
+    def _kept_axes(
+        self, axes: Mapping[str, Axis | None], offered: dict[str, tuple[Value, ...]]
+    ) -> dict[str, tuple[Value, ...]]:
+        """Return the axes that still have a group; raises when nothing is left of a named one."""
+        alive = {axis for n, (axis, _) in self._axes_of_groups.items() if n in self.groups}
+        for axis in offered.keys() - alive:
+            kind, _, pattern = axis.partition(".")
+            wanted = axes[kind]
+            every = isinstance(wanted, Sized) and wanted.per_group
+            if not every or not any(_under(a, kind) for a in alive):
+                raise self._no_group(kind, pattern, [n for n in self.groups if not pattern])
+        return {axis: values for axis, values in offered.items() if axis in alive}
 
     def _axis_of(self, group: Group) -> str:
         return self._axes_of_groups[group.name][0]
@@ -193,7 +234,7 @@ class ElasticNet(nn.Module):
         if group.name not in self._axes_of_groups:
             return group.size
         axis, sized = self._axes_of_groups[group.name]
-        kind, _, pattern = axis.partition(".")
+        pattern = axis.partition(".")[2]
         ratios = sized.ratios
         if isinstance(ratios, Mapping):
             ratios = ratios[pattern]
@@ -217,18 +258,22 @@ class ElasticNet(nn.Module):
                         f"'{name}' is not a stage of this network (it has: "
                         f"{', '.join(self.stages)}).{nearest(name, self.stages)}"
                     )
+                _check_depths(depth[name], [self.stages[name]])
             return {f"depth.{name}": tuple(values) for name, values in depth.items()}
+        _check_depths(depth, self.stages.values())
         return {"depth": tuple(depth)}
 
     # --- what a choice means ------------------------------------------------------------------
 
     def plan(self, choice: Choice | None = None) -> _Plan:
         """Return what ``choice`` means: units kept, views, attributes, skipped blocks and exit."""
-        if choice is not None and choice in self._plans:
-            return self._plans[choice]
+        plan = self._plans.get(choice) if choice is not None else None
+        if plan is not None:
+            return plan
         choice = self.space.complete(choice)
-        if choice in self._plans:
-            return self._plans[choice]
+        plan = self._plans.get(choice)
+        if plan is not None:
+            return plan
         keep = self._units_kept(choice)
         skipped: list[str] = []
         for name, stage in self.stages.items():
@@ -269,13 +314,13 @@ class ElasticNet(nn.Module):
         alive = self._structure.alive(plan.keep)
         macs = self._structure.macs(alive, self._runs(plan)) // self.batch
         params = size = 0
-        switched = self._switched_names(choice)
+        switched, live = self._switched_names(choice), self.tensors()
         for name, tensor in self._structure.tensors.items():
             if not self._survives(name, plan):
                 continue
             shape = switched[name].shape if name in switched else self._structure.shape(name, alive)
             params += math.prod(shape) if isinstance(tensor, nn.Parameter) else 0
-            size += math.prod(shape) * tensor.element_size()
+            size += math.prod(shape) * live[name].element_size()
         return Cost(macs, params, size)
 
     def exit_macs(self, choice: Choice | None = None) -> list[int]:
@@ -327,42 +372,76 @@ class ElasticNet(nn.Module):
 
         The model's own forward runs on views of its weights: nothing is copied (but where kept
         channels are not contiguous, after a concatenation, say), and gradients reach the full
-        weights. Without a choice the whole network runs. A choice with an exit returns what the
+        weights. Without a choice the largest one runs. A choice with an exit returns what the
         exit's head gives.
         """
         args, choice = _split_choice(args, choice)
         plan = self.plan(choice)
         with self._body(plan, self.space.complete(choice)) as body:
-            return body.run(args, kwargs, plan.exit)
+            return self._lend(body, body.run(args, kwargs, plan.exit))
 
     @contextmanager
-    def _body(self, plan: _Plan, choice: Choice) -> Iterator[Root]:
+    def _body(self, plan: _Plan, choice: Choice, evaluate: bool = False) -> Iterator[Root]:
         """Lend a skeleton bound to a choice; each call has its own, so that calls can overlap."""
-        try:
-            body = self._idle.pop()
-        except IndexError:
-            body = skeleton(self._root())
-        assert isinstance(body, Root)
+        body = self._fresh_body()
         modules = body.index
         tensors, cuts = self.tensors(), plan.cuts
         own = self._switched_names(choice)
-        if not self.training:
+        if evaluate or not self.training:
             own = own | self.statistics.get(choice, {})
         if own:
             tensors, cuts = {**tensors, **own}, {n: c for n, c in cuts.items() if n not in own}
         bound = bind(modules, self._structure.slots, tensors, cuts, plan.values, plan.scales)
-        for path, module in self._root_modules():
-            if path in modules:
-                modules[path].__dict__["training"] = module.training
-        for block, form in self._forms.items():
+        for block, stand_in in self._stand_ins.items():
             parent, _, child = f"model.{block}".rpartition(".")
             whole = modules[f"model.{block}"]
-            modules[parent]._modules[child] = _PassOn(form) if block in plan.skipped else whole
+            modules[parent]._modules[child] = stand_in if block in plan.skipped else whole
+        if evaluate:
+            body.eval()
         yield body
-        self._write_back(modules, bound, cuts)
-        if not any(getattr(m, "gradient_checkpointing", False) for m in modules.values()):
-            # Checkpointing runs a module again in the backward pass: that body must stay as it is.
+        self._write_back(modules, bound, cuts.keys() | own.keys())
+        if not body.lent:
             self._idle.append(body)
+
+    def _fresh_body(self) -> Root:
+        """Take a body from the pool, with the attributes that the model has now, or make one."""
+        with suppress(IndexError):
+            while True:
+                body = self._idle.pop()
+                if body.follow():
+                    return body
+        body = skeleton(self._root())
+        body.twins = [
+            Twin.of(body.index[path], module)
+            for path, module in self._root_modules()
+            if path in body.index
+        ]
+        body.follow()
+        return body
+
+    def _lend(self, body: Root, output: Any) -> Any:
+        """Keep a body from other calls as long as the backward pass of its output may run it."""
+        graph = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+        if graph:
+            body.lent = True
+            lease = _Lease(body, self._idle)
+            for node in graph:
+                node.metadata["pantarhei"] = lease  # type: ignore[index]  # a property
+        return output
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticNet:
+        """Move what modules do not know of along with the parameters."""
+        super()._apply(fn, recurse)
+        self.statistics = {
+            choice: {name: fn(t) for name, t in stats.items()}
+            for choice, stats in self.statistics.items()
+        }
+        self.example = tree_map(lambda v: fn(v) if isinstance(v, Tensor) else v, self.example)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the pool of bodies out of copies and pickles."""
+        return {k: v for k, v in self.__dict__.items() if k != "_places"} | {"_idle": deque()}
 
     def _root_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for part in ("model", "heads"):
@@ -371,28 +450,27 @@ class ElasticNet(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the present parameters and buffers: ``to`` and assignments may replace them."""
-        places = self._places()
-        return {name: table[slot] for name, (table, slot) in places.items()}
+        return {name: table[slot] for name, (table, slot) in self._places.items()}
 
+    @cached_property
     def _places(self) -> dict[str, tuple[dict[str, Any], str]]:
-        if not hasattr(self, "_place_cache"):
-            modules = dict(self._root_modules())
-            places = {}
-            for name, slots in self._structure.slots.items():
-                path, slot = slots[0]
-                m = modules[path]
-                places[name] = (m._parameters if slot in m._parameters else m._buffers, slot)
-            self.__dict__["_place_cache"] = places
-        return self._place_cache
+        """Where each parameter and buffer is kept: a module's table, and its name there."""
+        modules = dict(self._root_modules())
+        places: dict[str, tuple[dict[str, Any], str]] = {}
+        for name, slots in self._structure.slots.items():
+            path, slot = slots[0]
+            m = modules[path]
+            places[name] = (m._parameters if slot in m._parameters else m._buffers, slot)
+        return places
 
     def _write_back(
-        self, modules: dict[str, nn.Module], bound: dict[str, Tensor], cuts: Mapping[str, Any]
+        self, modules: dict[str, nn.Module], bound: dict[str, Tensor], other: Set[str]
     ) -> None:
         """Keep a buffer that the forward pass replaced (rather than changed) where it belongs."""
-        for name, (table, slot) in self._places().items():
+        for name, (table, slot) in self._places.items():
             path, own = self._structure.slots[name][0]
             now = modules[path]._buffers.get(own)
-            if now is not None and now is not bound[name] and name not in cuts:
+            if now is not None and now is not bound[name] and name not in other:
                 table[slot] = now
 
     def all_exits(self, *args: Any, choice: Choice | None = None, **kwargs: Any) -> list[Any]:
@@ -400,7 +478,7 @@ class ElasticNet(nn.Module):
         args, choice = _split_choice(args, choice)
         plan = self.plan(choice)
         with self._body(plan, self.space.complete(choice)) as body:
-            return body.run_all(args, kwargs)
+            return self._lend(body, body.run_all(args, kwargs))
 
     def adaptive(
         self, *args: Any, policy: Policy | None = None, choice: Choice | None = None, **kwargs: Any
@@ -410,16 +488,15 @@ class ElasticNet(nn.Module):
         Examples that leave are taken out of the batch, so what follows computes only the rest.
         Runs in evaluation mode. ``net.adaptive(x, policy)`` and keywords both work.
         """
-        if args and policy is None and not isinstance(args[-1], (Tensor, Choice)):
-            args, policy = args[:-1], args[-1]
         args, choice = _split_choice(args, choice)
+        if args and policy is None and callable(args[-1]):
+            args, policy = args[:-1], args[-1]
         if not self.exits:
             raise RequestError("This network has no exits: make it elastic with exits=(...) first.")
         if policy is None:
             raise RequestError("adaptive() needs a policy: pass Confidence(0.9), for instance.")
         plan = self.plan(choice)
-        with self._body(plan, self.space.complete(choice)) as body:
-            body.eval()
+        with self._body(plan, self.space.complete(choice), evaluate=True) as body:
             macs = self.exit_macs(choice)
             return run_adaptive(body, args, kwargs, policy, macs, self._carriers)
 
@@ -428,12 +505,10 @@ class ElasticNet(nn.Module):
     ) -> float:
         """Return the median milliseconds of a call in evaluation mode (default: example inputs)."""
         args, kwargs = (args, kwargs) if args or kwargs else self.example
-        was = self.training
-        self.eval()
-        with torch.no_grad():
-            ms = latency_ms(self, *args, choice=choice, repeats=repeats, **kwargs)
-        self.train(was)
-        return ms
+        choice = self.space.complete(choice)
+        plan = self.plan(choice)
+        with torch.no_grad(), self._body(plan, choice, evaluate=True) as body:
+            return latency_ms(body.run, args, kwargs, plan.exit, repeats=repeats)
 
     # --- normalisation ------------------------------------------------------------------------
 
@@ -459,8 +534,7 @@ class ElasticNet(nn.Module):
         if not norms:
             return
         fresh: dict[str, Tensor] = {}
-        with self._body(plan, choice) as body, torch.no_grad():
-            body.eval()
+        with self._body(plan, choice, evaluate=True) as body, torch.no_grad():
             for path in norms:
                 m = body.index[path]
                 assert isinstance(m, nn.modules.batchnorm._NormBase)
@@ -468,7 +542,7 @@ class ElasticNet(nn.Module):
                 stats = {
                     "running_mean": torch.zeros_like(m.running_mean),
                     "running_var": torch.ones_like(m.running_var),
-                    "num_batches_tracked": torch.zeros((), dtype=torch.long),
+                    "num_batches_tracked": torch.zeros_like(m.running_mean[0], dtype=torch.long),
                 }
                 m._buffers.update(stats)
                 fresh |= {f"{path}.{slot}": t for slot, t in stats.items()}
@@ -478,7 +552,7 @@ class ElasticNet(nn.Module):
             for batch in batches:
                 if limit is not None and seen >= limit:
                     break
-                args, kwargs = as_call(_inputs_only(batch))
+                args, kwargs = as_call(inputs_only(batch))
                 body.run(args, kwargs, plan.exit)
                 seen += 1
             for path, m in norms.items():
@@ -491,7 +565,13 @@ class ElasticNet(nn.Module):
 
     def _switch_norms(self) -> None:
         """Give every choice its own affine and statistics (strategy b; for small grids)."""
+        if len(self.space) > 256:
+            raise RequestError(
+                f"norm='switchable' keeps statistics for each of the {len(self.space)} choices: "
+                "offer at most 256, or use norm='shared' and recalibrate what you choose."
+            )
         for choice in self.space:
+            keys = self._switched_keys[choice] = {}
             alive_cuts = self.plan(choice).cuts
             for path, module in self._norm_modules():
                 for slot in ("weight", "bias", "running_mean", "running_var"):
@@ -500,19 +580,15 @@ class ElasticNet(nn.Module):
                         continue
                     for cut in alive_cuts.get(f"{path}.{slot}", ()):
                         tensor = cut(tensor)
-                    key = f"{choice}|{path}.{slot}".replace(".", ":")
+                    key = keys[f"{path}.{slot}"] = f"{choice}|{path}.{slot}".replace(".", ":")
                     own = tensor.detach().clone()
                     self.switched[key] = nn.Parameter(own, requires_grad=slot in ("weight", "bias"))
 
     def _switched_names(self, choice: Choice) -> dict[str, Tensor]:
-        if self.norm != "switchable":
-            return {}
-        head = f"{choice}|".replace(".", ":")
-        return {
-            key.removeprefix(head).replace(":", "."): p if p.requires_grad else p.data
-            for key, p in self.switched.items()
-            if key.startswith(head)
+        own = {
+            name: self.switched[key] for name, key in self._switched_keys.get(choice, {}).items()
         }
+        return {name: p if p.requires_grad else p.data for name, p in own.items()}
 
     # --- leaving the library ------------------------------------------------------------------
 
@@ -526,12 +602,34 @@ class ElasticNet(nn.Module):
         choice = self.space.complete(choice)
         plan = self.plan(choice)
         live = self.tensors()
-        with self._body(plan, choice) as body:
+        with self._body(plan, choice, evaluate=True) as body:
             plain = _own_weights(body, {name for name, t in live.items() if t.requires_grad})
         if plan.exit is not None:
             return plain.export(*self.example, plan.exit)
-        _drop_blocks(plain.model, plan.skipped)
+        for path, module in self._root_modules():
+            if path in plain.index:
+                plain.index[path].training = module.training
+        if plan.skipped and self._droppable:
+            _drop_blocks(plain.model, plan.skipped)
         return plain.model
+
+    @cached_property
+    def _droppable(self) -> bool:
+        """Whether skipped blocks can leave their lists, without the code missing them."""
+        args, kwargs = self.example
+        choice = self.space.smallest.replace(
+            **({"exit": len(self.exits) + 1} if self.exits else {})
+        )
+        plan = self.plan(choice)
+        with torch.no_grad(), self._body(plan, choice, evaluate=True) as body:
+            wanted = tensors_in(body.run(args, kwargs, None))
+            short = _own_weights(body, set()).model
+            _drop_blocks(short, plan.skipped)
+            try:
+                found = tensors_in(short(*args, **kwargs))
+            except Exception:  # whatever the model's code raises when it looks for the block
+                return False
+        return len(found) == len(wanted) and all(map(torch.equal, found, wanted))
 
     def __repr__(self) -> str:
         return f"ElasticNet({type(self.model).__name__}, {self.space!r})"
@@ -585,31 +683,23 @@ def elastic(
         raise RequestError(f"norm={norm!r} is unknown: use 'shared' or 'switchable'.")
     if rescale not in (None, "sqrt"):
         raise RequestError(f"rescale={rescale!r} is unknown: use 'sqrt' or None.")
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"{type(model).__name__} is no torch.nn.Module: give a module.")
+    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise RequestError("The model has lazy parameters without a shape: run it once first.")
     args, kwargs = as_call(example_inputs)
-    found = Exits.find(model, args, kwargs, exits) if exits else None
     axes = {"width": width, "depth": depth, "heads": heads, "mlp": mlp}
-    if all(a is None for a in (*axes.values(), found)):
-        raise RequestError("Nothing to make elastic: name at least one of width, depth, heads, "
-                           "mlp, exits.")  # fmt: skip
-    net = ElasticNet(model, example_inputs, axes, found, norm, rescale)
-    net.train(model.training)
-    if found:
-        found.check_batches(net)
+    if all(a is None for a in (*axes.values(), exits or None)):
+        raise RequestError(
+            "Nothing to make elastic: name at least one of width, depth, heads, mlp, exits."
+        )
+    with preserved(model):
+        found = Exits.find(model, args, kwargs, exits) if exits else None
+        net = ElasticNet(model, example_inputs, axes, found, norm, rescale)
+        net.training = net.heads.training = model.training
+        if found:
+            found.check_batches(net)
     return net
-
-
-def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read inputs given as one value, a tuple of arguments or a mapping of keywords."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-
-
-def _inputs_only(batch: Any) -> Any:
-    """Return what the model reads of a batch: all keywords but labels, or the first element."""
-    if isinstance(batch, Mapping):
-        return {k: v for k, v in batch.items() if k != "labels"}
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _split_choice(
@@ -627,15 +717,40 @@ def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return tensors[0].shape[0] if tensors else 1
 
 
+def _is_output(item: tuple[str, str]) -> bool:
+    return item[1].endswith("the output")
+
+
 def _under(path: str, parent: str) -> bool:
     return path == parent or path.startswith(parent + ".")
 
 
-def _check_ratios(kind: str, ratios: Sequence[Value]) -> None:
-    if not ratios or any(not 0 < float(r) <= 1 for r in ratios):
+def _check_ratios(kind: str, ratios: Any) -> None:
+    if not _numbers(ratios) or not all(0 < r <= 1 for r in ratios):
         raise RequestError(
-            f"{kind}={tuple(ratios)!r} is not a set of ratios: give numbers above 0 and at most 1."
+            f"{kind}={ratios!r} is not a set of ratios: give a tuple of numbers above 0 and at "
+            "most 1."
         )
+
+
+def _check_depths(depths: Any, stages: Iterable[Stage]) -> None:
+    longest = max(len(stage.blocks) for stage in stages)
+    if not _numbers(depths) or not (
+        all(isinstance(d, int) and 1 <= d <= longest for d in depths)
+        or all(isinstance(d, float) and 0 < d <= 1 for d in depths)
+    ):
+        raise RequestError(
+            f"depth={depths!r} is not a set of depths: give a tuple of numbers of blocks from 1 to "
+            f"{longest}, or of ratios above 0 and at most 1 (as floats)."
+        )
+
+
+def _numbers(values: Any) -> bool:
+    return (
+        isinstance(values, Sequence)
+        and len(values) > 0
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    )
 
 
 def _depth(value: Value, stage: Stage) -> int:
@@ -649,16 +764,17 @@ def _own_weights(body: Root, trainable: set[str]) -> Root:
     """Copy a bound skeleton into a module with contiguous parameters of its own."""
     tensors, slots = named_tensors(body)
     memo: dict[int, Any] = {}
+    for module in body.modules():
+        for tensor in vars(module).values():
+            if isinstance(tensor, Tensor):  # what code computes and keeps (weight_norm, say)
+                memo[id(tensor)] = tensor.detach().clone()
     for name, tensor in tensors.items():
         path, slot = slots[name][0]
         parameter = slot in body.index[path]._parameters
         own = tensor.detach().clone(memory_format=torch.contiguous_format)
         memo[id(tensor)] = nn.Parameter(own, name in trainable) if parameter else own
-    index = body.__dict__.pop("index")  # names skipped blocks too, which are not to be copied
-    try:
-        return copy.deepcopy(body, memo)
-    finally:
-        body.__dict__["index"] = index
+    model, heads = copy.deepcopy((body.model, body.heads), memo)
+    return Root(model, heads, body.exits)
 
 
 def _drop_blocks(model: nn.Module, blocks: Sequence[str]) -> None:

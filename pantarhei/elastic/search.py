@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,9 +87,13 @@ class _Search:
         return choice
 
     def uniform(self) -> Choice:
-        """Draw uniformly from the choices that fit; where these are rare, repair the last draw."""
-        for _ in range(50):
-            drawn = {a: self.random.choice(values) for a, values in self.space.axes.items()}
+        """Draw uniformly from the choices that fit; where these are rare, shrink what was drawn."""
+        for step in range(12):
+            share = min(1.0, 1.5 - step / 10)
+            drawn = {
+                axis: values[self.random.randrange(math.ceil(share * len(values)))]
+                for axis, values in self.space.axes.items()
+            }
             if self.fits(choice := Choice(drawn)):
                 break
         return self.repaired(choice)
@@ -215,7 +220,7 @@ def predictor_guided(
         pool = list(dict.fromkeys(_candidates(search, candidates)))
         if not pool:
             break
-        mean, deviation = _predict(search, pool)
+        mean, deviation = _predict(space, search.seen, pool)
         order = np.argsort(-(mean + explore * deviation), kind="stable")
         for index in order[: min(batch, search.left)]:
             search.evaluate(pool[index])
@@ -233,32 +238,42 @@ def _candidates(search: _Search, n: int) -> Iterator[Choice]:
             yield choice
 
 
-def _predict(search: _Search, pool: list[Choice]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted quality of the candidates and its standard deviation."""
-    import warnings
-
+def _predict(
+    space: Space, seen: Mapping[Choice, float], pool: list[Choice]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the quality of ``pool`` that a Gaussian process predicts, and its deviation."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-    known = [(choice, q) for choice, q in search.seen.items() if math.isfinite(q)]
+    known = {choice: q for choice, q in seen.items() if math.isfinite(q)}
     if len(known) < 2:
         return np.zeros(len(pool)), np.zeros(len(pool))
-    inputs = _encode(search.space, [choice for choice, _ in known])
-    qualities = np.array([q for _, q in known])
-    kernel = ConstantKernel(1.0) * RBF(np.full(inputs.shape[1], 1.0)) + WhiteKernel(1e-3)
-    model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+    scales = np.ones(len(space.axes))  # one for each axis: some matter more than others
+    kernel = ConstantKernel(1.0) * RBF(scales) + WhiteKernel(1e-3)
+    model = GaussianProcessRegressor(kernel, normalize_y=True, optimizer=_optimise, random_state=0)
     with warnings.catch_warnings():
+        # an axis that does not matter has its scale at the bound, which is as it should be
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(inputs, qualities)
-    mean, deviation = model.predict(_encode(search.space, pool), return_std=True)
-    return mean, deviation
+        model.fit(_encode(space, known), np.array(list(known.values())))
+    return model.predict(_encode(space, pool), return_std=True)
 
 
-def _encode(space: Space, choices: list[Choice]) -> np.ndarray:
+def _encode(space: Space, choices: Iterable[Choice]) -> np.ndarray:
     """Encode each axis as the position of its value, 0 to 1."""
-    columns = [
-        [values.index(choice[axis]) / max(1, len(values) - 1) for choice in choices]
-        for axis, values in space.axes.items()
-    ]
-    return np.array(columns).T
+    axes = space.axes.items()
+    return np.array([[v.index(c[axis]) / max(1, len(v) - 1) for axis, v in axes] for c in choices])
+
+
+def _optimise(
+    objective: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    start: np.ndarray,
+    bounds: np.ndarray,
+) -> tuple[np.ndarray, float]:
+    """Fit the kernel's parameters; the last digits of its likelihood are not worth their time."""
+    from scipy.optimize import minimize
+
+    found = minimize(
+        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40}
+    )
+    return found.x, found.fun

@@ -18,7 +18,7 @@ class Choice(Mapping[str, Value]):
 
     Immutable, hashable and independent of the order in which axes are named. Choices over the same
     axes are partially ordered: ``a <= b`` when every value of ``a`` is at most that of ``b``, and
-    then the weights of ``a`` are a subset of the weights of ``b`` (SortedNet: b <= b' component-wise
+    then the weights of ``a`` are a subset of those of ``b`` (SortedNet: b <= b' component-wise
     implies that theta(b) is contained in theta(b')).
 
     >>> small, wide = Choice(depth=1, width=0.5), Choice(width=1.0, depth=1)

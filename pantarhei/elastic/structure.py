@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pantarhei.cost import without_fast_path
 from pantarhei.elastic.trace import Group, Ids, Seen, Tracer, spoken, trace
 from pantarhei.errors import RequestError
 
+M = TypeVar("M", bound=nn.Module)
 Keep = Mapping[str, int]  # group name -> units kept
 
 
@@ -73,7 +75,7 @@ def named_tensors(root: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[tu
     return tensors, slots
 
 
-def skeleton(root: nn.Module) -> nn.Module:
+def skeleton(root: M) -> M:
     """Return a copy of the module tree that shares every parameter and buffer with ``root``."""
     memo: dict[int, Any] = {
         id(t): t
@@ -89,6 +91,20 @@ def skeleton(root: nn.Module) -> nn.Module:
             "network runs on a copy of the module tree, so keep open files, locks and streams out "
             "of it."
         ) from error
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read inputs given as one value, a tuple of arguments or a mapping of keywords."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def inputs_only(batch: Any) -> Any:
+    """Return what the model reads of a batch: all keywords but labels, or the first element."""
+    if isinstance(batch, Mapping):
+        return {k: v for k, v in batch.items() if k != "labels"}
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 class Structure:
@@ -117,8 +133,8 @@ class Structure:
             if touched:
                 self._elastic[name] = touched
         self.attributes = self._metadata(modules)
-        # The axis each layer's own weight sums over; not a tied embedding's, nor a channel of its own
-        # group (depthwise), which is not summed.
+        # The axis each layer's own weight sums over; not a tied embedding's, nor a channel of its
+        # own group (depthwise), which is not summed.
         grouped = {a.module for a in self.attributes if a.name == "groups"}
         self._inputs = {
             a.along[0]: a.along[1]
@@ -358,6 +374,13 @@ class Structure:
             yield from (offer for offer in offers if offer)
 
     def _trial(self, root: nn.Module, keep: Keep) -> None:
+        """Try a choice, and one with 2 units for 1: an axis of 1 hides where it came from."""
+        twos = {n: 2 if k == 1 and self.groups[n].size > 2 else k for n, k in keep.items()}
+        self._run(root, twos)
+        if twos != keep:
+            self._run(root, keep)
+
+    def _run(self, root: nn.Module, keep: Keep) -> None:
         """Run the network on a choice and compare the sizes of what happens with the trace."""
         body = skeleton(root).eval()
         modules = dict(body.named_modules())
@@ -365,16 +388,17 @@ class Structure:
         bind(modules, self.slots, self.tensors, self.cuts(alive), self.values(alive, keep))
         tracer, error = Tracer({}), None
         try:
-            with torch.no_grad(), tracer.watch(body), tracer:
+            with torch.no_grad(), without_fast_path(), tracer.watch(body), tracer:
                 body(*self.args, **self.kwargs)
         except Exception as raised:
             error = raised
-        for number, ((_, planned), (module, found)) in enumerate(
-            zip(self.steps, tracer.steps, strict=False)
-        ):
-            wanted = [tuple(self._length(n, ids, alive) for n, ids in seen.sizes) for seen in planned]
-            shapes = [tuple(n for n, _ in seen.sizes) for seen in found]
-            if shapes != wanted or [s.scale for s in planned] != [s.scale for s in found]:
+        pairs = zip(self.steps, tracer.steps, strict=False)
+        for number, ((_, planned), (module, found)) in enumerate(pairs):
+            wanted = [[self._length(n, ids, alive) for n, ids in s.sizes] for s in planned]
+            shapes = [[n for n, _ in s.sizes] for s in found]
+            same = [s.scale for s in planned] == [s.scale for s in found]
+            # An axis of size 1 may be anywhere: einsum moves it.
+            if not same or _without_ones(wanted) != _without_ones(shapes):
                 reason = f"its code gives {_spelled(shapes)} where {_spelled(wanted)} was expected"
                 raise _Failure(module, number, reason)
         if error is not None:
@@ -385,7 +409,11 @@ class Structure:
             raise _Failure("", len(tracer.steps), "its code does other things at another size")
 
 
-def _spelled(shapes: list[tuple[int, ...]]) -> str:
+def _without_ones(shapes: list[list[int]]) -> list[list[int]]:
+    return [[n for n in shape if n != 1] for shape in shapes]
+
+
+def _spelled(shapes: list[list[int]]) -> str:
     return " and ".join("x".join(map(str, shape)) for shape in shapes) or "no tensor"
 
 

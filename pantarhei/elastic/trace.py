@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pantarhei.cost import without_fast_path
 from pantarhei.errors import RequestError
 
 Ids = np.ndarray
@@ -40,6 +41,17 @@ class Block:
 
     axes: tuple[int, ...]
     ids: Ids
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a nested value, data classes included."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in(list(vars(leaf).values()))
+    return found
 
 
 def spoken(module: str) -> str:
@@ -211,8 +223,7 @@ class Tracer(TorchDispatchMode):
             rule = _unknown
             self.operation = name
         result = func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs, inputs = tensors_in(result), tensors_in((args, kwargs))
         for tensor in inputs:
             if id(tensor) in self._names:
                 self.first_use.setdefault(self._names[id(tensor)], len(self.ended))
@@ -300,8 +311,7 @@ class Tracer(TorchDispatchMode):
                 1,
                 [(n, self._axis_view(t, d)) for d, n in enumerate(t.shape)],
             )
-            for t in tree_leaves(value)
-            if isinstance(t, Tensor)
+            for t in tensors_in(value)
         ]
 
     def _axis_view(self, tensor: Tensor, axis: int) -> Ids | None:
@@ -360,16 +370,16 @@ class Tracer(TorchDispatchMode):
         unit, why = self.units()
         touches: dict[int, list[tuple[str, int]]] = defaultdict(list)
         counts: dict[int, list[int]] = defaultdict(list)
-        for name, axes in self.labels.items():
-            for axis, ids in enumerate(axes):
+        for name, labels in self.labels.items():
+            for axis, ids in enumerate(labels):
                 if len(ids) < 2:
                     continue
-                units, times = np.unique(unit[ids], return_counts=True)
-                for u, n in zip(units.tolist(), times.tolist(), strict=True):
+                here, times = np.unique(unit[ids], return_counts=True)
+                for u, n in zip(here.tolist(), times.tolist(), strict=True):
                     touches[u].append((name, axis))
                     counts[u].append(n)
         attended = set(np.unique(unit[np.concatenate(self.attention)])) if self.attention else set()
-        members: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         reasons: dict[str, str] = {}
 
         def explain(axes: list[tuple[str, int]], reason: str) -> None:
@@ -381,19 +391,19 @@ class Tracer(TorchDispatchMode):
             if u in why:
                 explain(touches[u], why[u])
             else:
-                members[(*touches[u], *counts[u])].append(u)
+                alike[(*touches[u], *counts[u])].append(u)
         groups = []
-        for units in members.values():
-            axes = touches[units[0]]
+        for members in alike.values():
+            axes = touches[members[0]]
             # One axis alone (a kernel's window, a table read by number) is not a channel.
             if len(axes) < 2:
                 continue
-            if len(units) == 1:
+            if len(members) == 1:
                 explain(axes, "its channels are tied together: all of them stay, or none")
                 continue
             name = axes[0][0].rpartition(".")[0] or axes[0][0]
-            kind = _kind(axes, modules, any(u in attended for u in units))
-            groups.append(Group(name, kind, units, axes))
+            kind = _kind(axes, modules, not attended.isdisjoint(members))
+            groups.append(Group(name, kind, members, axes))
         taken: dict[str, int] = defaultdict(int)
         for group in groups:  # a fused projection can belong to several groups
             taken[group.name] += 1
@@ -470,10 +480,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def _unknown(t: Tracer, a: dict[str, Any], outputs: list[Tensor]) -> None:
-    for tensor in tree_leaves(a):
-        if isinstance(tensor, Tensor):
-            for block in t.blocks(tensor):
-                t.freeze(block.ids, f"the operation '{t.operation}' may mix its channels")
+    for tensor in tensors_in(a):
+        for block in t.blocks(tensor):
+            t.freeze(block.ids, f"the operation '{t.operation}' may mix its channels")
 
 
 def _relabel(t: Tracer, out: Tensor, blocks: Iterable[Block], axes: dict[int, int]) -> None:
@@ -585,8 +594,11 @@ def _attention(t: Tracer, a: dict[str, Any], outputs: list[Tensor]) -> None:
         shared = np.repeat(shared, len(q_heads) // len(shared))
     heads = t._match(q_heads, shared, "queries and keys differ in heads")
     mask = a.get("attn_mask", a.get("attn_bias"))
-    if isinstance(mask, Tensor) and mask.dim() >= 3 and mask.shape[-3] > 1 and not _expanded(
-        mask, mask.dim() - 3
+    if (
+        isinstance(mask, Tensor)
+        and mask.dim() >= 3
+        and mask.shape[-3] > 1
+        and not _expanded(mask, mask.dim() - 3)
     ):
         heads = t._match(heads, t.along(mask, -3), "its attention mask has fixed heads")
     if heads is not None:
@@ -978,16 +990,6 @@ def _view_as_complex(t: Tracer, a: dict[str, Any], outputs: list[Tensor]) -> Non
     t._set(outputs[0], t.blocks(x))
 
 
-@rule("_native_multi_head_attention")
-def _fused_attention(t: Tracer, a: dict[str, Any], outputs: list[Tensor]) -> None:
-    for tensor in tree_leaves(a):
-        if isinstance(tensor, Tensor):
-            for block in t.blocks(tensor):
-                t.freeze(block.ids, "torch's fused attention has heads of a fixed size")
-    (n, queries, size), keys = a["query"].shape, a["key"].shape[1]
-    t.count(2 * n * size * (size * (queries + keys) + queries * keys))
-
-
 @rule("embedding")
 def _embedding(t: Tracer, a: dict[str, Any], outputs: list[Tensor]) -> None:
     w, out = a["weight"], outputs[0]
@@ -1015,6 +1017,21 @@ def _index(t: Tracer, a: dict[str, Any], outputs: list[Tensor]) -> None:
     _relabel(t, out, t.blocks(x), axes)
 
 
+def first_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a model on the example inputs; its own failure becomes a :class:`RequestError`."""
+    try:
+        with torch.no_grad(), without_fast_path():
+            return model(*args, **kwargs)
+    except RequestError:
+        raise
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        raise RequestError(
+            f"The model fails on the example inputs ({type(error).__name__}: {text}): give inputs "
+            "that its forward accepts, as a tensor, a tuple or a dict of keywords."
+        ) from error
+
+
 def trace(
     model: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tracer, Any]:
@@ -1025,19 +1042,9 @@ def trace(
     raises :class:`RequestError` with its own message.
     """
     tracer = Tracer(tensors)
-    try:
-        with torch.no_grad(), tracer.watch(model), tracer:
-            output = model(*args, **kwargs)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(
-            f"The model {type(model).__name__} fails on the example inputs "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
-            "give inputs that its forward accepts, as a tensor, a tuple or a dict of keywords."
-        ) from error
-    for tensor in tree_leaves(output):
-        if isinstance(tensor, Tensor):
-            for block in tracer.blocks(tensor):
-                tracer.freeze(block.ids, "its channels are the output")
+    with tracer.watch(model), tracer:
+        output = first_run(model, args, kwargs)
+    for tensor in tensors_in(output):
+        for block in tracer.blocks(tensor):
+            tracer.freeze(block.ids, "its channels are the output")
     return tracer, output

@@ -1,4 +1,4 @@
-"""What the SortedNet recipe trains: plain networks, which know nothing of sub-networks, and data."""
+"""What the SortedNet recipe trains: plain networks that know nothing of sub-networks; data."""
 
 from __future__ import annotations
 

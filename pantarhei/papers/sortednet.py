@@ -9,6 +9,7 @@ Figures for cifar10 are made with a JPEG-75 copy of the data set.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from pantarhei.elastic.samplers import Sampler
     from pantarhei.fit import Batches
 
+# At quick, with 12 networks, 360 test images (one is 0.3 points) and images of 8 x 8 pixels, the
+# claims about single points, ranks and milliseconds are not made.
 CLAIMS = (
     ClaimSpec(
         "all-at-once",
         "sub-networks of one training keep the full one's accuracy, down to 5 % of its MACs",
         "lowest accuracy relative to the full network, points of at least 5 % of its MACs",
         ">=",
-        {"quick": 0.96, "cpu": 0.96},
+        {"cpu": 0.96},
         "0.96 at each of 160 sub-models",
     ),
     ClaimSpec(
@@ -39,7 +42,7 @@ CLAIMS = (
         "nearly every sub-network of the grid keeps 96 % of the full one's accuracy",
         "share of the grid with relative accuracy of at least 0.96",
         ">=",
-        {"quick": 0.90, "cpu": 0.90, "gpu": 0.90},
+        {"cpu": 0.90, "gpu": 0.90},
         "1.0 of 160 sub-models",
     ),
     ClaimSpec(
@@ -61,14 +64,14 @@ CLAIMS = (
         "accuracy grows with MACs over the grid",
         "Spearman rank correlation of accuracy and MACs",
         ">=",
-        0.9,
+        {"cpu": 0.9, "gpu": 0.9},
     ),
     ClaimSpec(
         "search-free",
         "the largest network that fits a budget is as good as the best that does",
         "best minus largest that fits, worst of five budgets, points",
         "<=",
-        0.5,
+        {"cpu": 0.5, "gpu": 0.5},
     ),
     ClaimSpec(
         "switching-copies-nothing",
@@ -82,7 +85,7 @@ CLAIMS = (
         "switching to a sub-network takes a negligible part of running it",
         "milliseconds to switch over milliseconds of a forward pass, mean over the grid",
         "<=",
-        0.01,
+        {"cpu": 0.01, "gpu": 0.01},
     ),
     ClaimSpec(
         "against-the-sandwich-rule",
@@ -99,7 +102,7 @@ CLAIMS = (
 SETTINGS: dict[str, dict[str, Any]] = {
     "quick": {
         "studies": ("digits",),
-        "updates": (300,),
+        "updates": (400,),
         "g_acc": 2,
         "batch_size": 64,
         "lr": (4e-3,),
@@ -347,7 +350,7 @@ class Study:
                 self.test,
                 recalibrate=[self.batches(n) for n in range(self.run.settings.calibration_batches)],
                 checkpoint=self.run.checkpoint(f"{self.name}-{training}.json"),
-                progress=not self.run.quiet,
+                progress=not self.run.quiet and f"{self.name} {training}, sub-networks",
             )
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -375,7 +378,7 @@ def compare(study: Study, fronts: dict[str, Frontier]) -> dict[str, float]:
     """Work the claims' quantities out of the measured grids."""
     ours, ordinary, sandwich = (fronts[t] for t in ("sorted", "ordinary", "sandwich"))
     full = ours.full
-    relative = {p.choice: p.quality / full.quality for p in ours.points}
+    relative = {p.choice: _share(p.quality, full.quality) for p in ours.points}
     cheap = sorted(ours.points, key=lambda p: p.cost.macs)[: len(ours) // 2]
     regrets = []
     for share in study.run.settings.budgets:
@@ -408,20 +411,23 @@ def switching(study: Study, net: ElasticNet) -> dict[str, float]:
     images = study.batches(0)[0]
     shared, shares = [], []
     net.eval()
+
+    def forward(choice: Choice) -> None:
+        with torch.inference_mode(), study._autocast():
+            net(images, choice)
+
     for choice in net.space:
         plan = net.plan(choice)
-
-        def switch(plan: Any = plan, choice: Choice = choice) -> list[Tensor]:
-            with net._body(plan, choice) as body:
-                return list(body.model.parameters())
-
-        def forward(choice: Choice = choice) -> None:
-            with torch.inference_mode(), study._autocast():
-                net(images, choice)
-
-        shared += [p.untyped_storage().data_ptr() in full for p in switch()]
-        shares.append(latency_ms(switch, repeats=3) / latency_ms(forward, warmup=1, repeats=3))
+        with net._body(plan, choice) as body:
+            shared += [p.untyped_storage().data_ptr() in full for p in body.model.parameters()]
+        switch = latency_ms(_bind, net, plan, choice, warmup=1, repeats=5)
+        shares.append(switch / latency_ms(forward, choice, warmup=1, repeats=5))
     return {"switching-copies-nothing": fmean(shared), "switching-is-free": fmean(shares)}
+
+
+def _bind(net: ElasticNet, plan: Any, choice: Choice) -> None:
+    with net._body(plan, choice):
+        pass
 
 
 def draw(study: Study, fronts: dict[str, Frontier], alone: list[dict[str, Any]]) -> None:
@@ -433,12 +439,12 @@ def draw(study: Study, fronts: dict[str, Frontier], alone: list[dict[str, Any]])
             "macs": p.cost.macs,
             "params": p.cost.params,
             **{training: front[p.choice].quality for training, front in fronts.items()},
-            "relative": p.quality / ours.full.quality,
+            "relative": _share(p.quality, ours.full.quality),
         }
         for p in ours.points
     ]
     run.metrics(f"{name}-grid.csv", rows)
-    figure = ours.plot(against={t: f for t, f in fronts.items() if f is not ours})
+    figure = ours.plot(against={t: f for t, f in fronts.items() if f is not ours}, label="sorted")
     axes = figure.axes[0]
     axes.plot([r["macs"] for r in alone], [r["accuracy"] for r in alone], "k*", label="alone")
     axes.legend()
@@ -446,6 +452,10 @@ def draw(study: Study, fronts: dict[str, Frontier], alone: list[dict[str, Any]])
     depth = next(axis for axis in ours.points[0].choice if axis.startswith("depth"))
     run.figure(f"{name}-accuracy", ours.heatmap(depth, "width"))
     run.figure(f"{name}-relative", ours.heatmap(depth, "width", relative=True))
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def _ratios(first: float, last: float, n: int) -> tuple[float, ...]:
