@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -392,31 +393,28 @@ def _enlarge(inputs: Any, n: int) -> tuple[Any, int]:
     return tree_map(repeat, inputs), times * n
 
 
-@dataclass(frozen=True)
 class Twin:
-    """A module of a body and the module that it copies, by their attributes.
+    """A module of a body and the module that it copies, by their attributes."""
 
-    ``plain``: the names of numbers, flags and text, which the copy follows; ``extent``: how many
-    attributes and hooks there were when the copy was made.
-    """
-
-    own: dict[str, Any]
-    theirs: dict[str, Any]
-    plain: tuple[str, ...]
-    extent: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, copy: nn.Module, module: nn.Module) -> Twin:
-        """Pair a module with its copy."""
-        theirs = vars(module)
+    def __init__(self, copy: nn.Module, module: nn.Module) -> None:
+        self.own, self.theirs = vars(copy), vars(module)
         kinds = (bool, int, float, str, tuple, type(None))
-        plain = tuple(name for name, value in theirs.items() if type(value) in kinds)
-        return cls(vars(copy), theirs, plain, _extent(theirs))
+        self.plain = tuple(name for name, v in self.theirs.items() if type(v) in kinds)
+        self.read = operator.itemgetter(*self.plain)
+        self.extent = self._extent()
 
+    def _extent(self) -> tuple[int, int, int]:
+        theirs = self.theirs
+        return len(theirs), len(theirs["_forward_hooks"]), len(theirs["_forward_pre_hooks"])
 
-def _extent(attributes: dict[str, Any]) -> tuple[int, int, int]:
-    hooks = attributes["_forward_hooks"], attributes["_forward_pre_hooks"]
-    return len(attributes), len(hooks[0]), len(hooks[1])
+    def follow(self) -> bool:
+        """Take over numbers, flags and text; False where attributes or hooks came or went."""
+        if self._extent() != self.extent:
+            return False
+        now = self.read(self.theirs)
+        if self.read(self.own) != now:
+            self.own.update(zip(self.plain, now, strict=True))
+        return True
 
 
 class Root(nn.Module):
@@ -434,12 +432,7 @@ class Root(nn.Module):
     def follow(self) -> bool:
         """Take over the plain attributes of the modules copied; False where more has changed."""
         self.lent = False
-        for twin in self.twins:
-            if _extent(twin.theirs) != twin.extent:
-                return False
-            for name in twin.plain:
-                twin.own[name] = twin.theirs.get(name)
-        return True
+        return all(twin.follow() for twin in self.twins)
 
     @cached_property
     def index(self) -> dict[str, nn.Module]:

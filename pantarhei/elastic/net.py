@@ -412,7 +412,7 @@ class ElasticNet(nn.Module):
                     return body
         body = skeleton(self._root())
         body.twins = [
-            Twin.of(body.index[path], module)
+            Twin(body.index[path], module)
             for path, module in self._root_modules()
             if path in body.index
         ]

@@ -86,6 +86,18 @@ class _Search:
             choice = choice.replace(**{axis: values[values.index(choice[axis]) - 1]})
         return choice
 
+    def filled(self, choice: Choice) -> Choice:
+        """Grow random axes step by step while the choice fits: larger networks are rarely worse."""
+        axes = list(self.space.axes)
+        self.random.shuffle(axes)
+        for axis in axes:
+            values = self.space.axes[axis]
+            for larger in values[values.index(choice[axis]) + 1 :]:
+                if not self.fits(grown := choice.replace(**{axis: larger})):
+                    break
+                choice = grown
+        return choice
+
     def uniform(self) -> Choice:
         """Draw uniformly from the choices that fit; where these are rare, shrink what was drawn."""
         for step in range(12):
@@ -107,7 +119,8 @@ class _Search:
             step = values.index(choice[axis]) + self.random.choice((-1, 1))
             near = values[min(max(step, 0), len(values) - 1)]
             changed[axis] = near if self.random.random() < 0.7 else self.random.choice(values)
-        return self.repaired(choice.replace(**changed))
+        child = self.repaired(choice.replace(**changed))
+        return self.filled(child) if self.random.random() < 0.5 else child
 
     def fresh(self, propose: Callable[[], Choice], tries: int = 50) -> Choice | None:
         """Return the first proposal not evaluated yet; None when the well seems dry."""
@@ -159,12 +172,13 @@ def evolutionary(
     evaluations: int,
     seed: int = 0,
     *,
-    parents: int = 8,
+    parents: int = 4,
 ) -> Found:
     """Evolve choices within the budget: mutation and crossover of the best ones so far.
 
     A quarter of the evaluations is spent on random choices; then each child has either one parent
-    of the best ``parents``, mutated, or two, mixed axis by axis, and is shrunk until it fits
+    of the best ``parents``, mutated, or two, mixed axis by axis; it is shrunk until it fits, and
+    half of the children then grow to fill the budget
     (the search of Once-for-all, arXiv 1908.09791, one child at a time so that each counts).
 
     Raises :class:`RequestError` when not even the smallest choice fits.

@@ -129,6 +129,32 @@ def test_bodies_are_used_again() -> None:
     assert [id(b) for b in net._idle] == bodies
 
 
+def test_rescaling_makes_up_for_missing_inputs() -> None:
+    """DyLoRA (arXiv 2210.07558): a layer that keeps k of n inputs is multiplied by sqrt(n / k)."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
+    net = pr.elastic(model, x, width=(0.5, 1.0), rescale="sqrt")
+    got = net(x, SMALL)
+    hidden = (x @ model[0].weight[:4].T + model[0].bias[:4]).relu()
+    torch.testing.assert_close(got, hidden @ model[2].weight[:, :4].T * 2**0.5 + model[2].bias)
+    assert torch.equal(net(x), model(x))
+    assert torch.equal(got, net.extract(SMALL)(x))
+    with pytest.raises(RequestError, match="rescale='cube' is unknown"):
+        pr.elastic(model, x, width=(0.5, 1.0), rescale="cube")
+
+
+def test_extraction_after_a_backward_pass() -> None:
+    """A body from the pool holds views with a history, also in blocks that are skipped now."""
+    model, inputs, _ = hugging("vit")
+    net = pr.elastic(model, inputs, width=(0.5, 1.0), depth=(1, 3))
+    net(**inputs, choice=net.space.largest).logits.sum().backward()
+    choice = Choice(width=0.5, depth=1)
+    net(**inputs, choice=choice).logits.sum().backward()
+    sub = net.extract(choice)
+    with torch.no_grad():
+        assert same(sub(**inputs), net(**inputs, choice=choice))
+    assert all(p.is_leaf and p.requires_grad for p in sub.parameters())
+
+
 # --- state ------------------------------------------------------------------------------------
 
 
@@ -495,7 +521,7 @@ def test_what_cannot_be_wrapped() -> None:
         pr.elastic(nn.Sequential(nn.LazyLinear(3)), x, width=(0.5, 1.0))
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     model.lock = threading.Lock()
-    with pytest.raises(RequestError, match="cannot be copied .*locks"):
+    with pytest.raises(RequestError, match=r"cannot be copied .*locks"):
         pr.elastic(model, x, width=(0.5, 1.0))
 
 

@@ -15,7 +15,7 @@ import pantarhei as pr
 from pantarhei.elastic import Choice, Sized
 
 EXAMPLES = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
@@ -114,7 +114,7 @@ def token_net(draw: random.Random) -> nn.Module:
     norms = (nn.LayerNorm, nn.RMSNorm, lambda n: nn.LayerNorm(n, elementwise_affine=False))
     norm = draw.choice(norms)
     blocks: list[nn.Module] = []
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.randint(1, 2)):
         heads, size = draw.choice((2, 3, 4)), draw.choice((2, 4))
         blocks.append(
             nn.Sequential(
@@ -150,7 +150,7 @@ def widths(draw: random.Random) -> object:
 def test_convolutional_networks(seed: int) -> None:
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    model, x = prepared(conv_net(draw)), torch.randn(draw.choice((1, 2, 3)), 3, 6, 6)
+    model, x = prepared(conv_net(draw)), torch.randn(draw.choice((2, 3)), 3, 6, 6)
     before = snapshot(model)
     try:
         net = pr.elastic(model, x, width=widths(draw))
@@ -159,6 +159,19 @@ def test_convolutional_networks(seed: int) -> None:
         return
     check(model, net, x, choices=[net.space.smallest, *net.space.sample(2, seed)])
     assert unchanged(before, model)
+
+
+@settings(EXAMPLES, max_examples=10)
+@given(st.integers(0, 10_000))
+def test_one_row_agrees_but_for_the_last_bit(seed: int) -> None:
+    """BLAS multiplies a matrix with a single vector in an order that depends on its stride."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    model, x = prepared(conv_net(draw)), torch.randn(1, 3, 6, 6)
+    net = pr.elastic(model, x, width={"*": (0.3, 0.7, 1.0)})
+    for choice in net.space:
+        with torch.no_grad():
+            torch.testing.assert_close(net(x, choice), net.extract(choice)(x), rtol=1e-5, atol=1e-6)
 
 
 @EXAMPLES

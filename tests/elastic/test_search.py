@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,16 +54,19 @@ def test_spends_what_it_may_stays_within_budget_and_repeats_nothing(method):
     assert method(SPACE, quality, price, BUDGET, 30, seed=4).history != found.history
 
 
-@pytest.mark.parametrize("method", [evolutionary, predictor_guided])
-def test_beats_random_search_at_equal_evaluations(method):
-    seeds = range(5)
+@pytest.mark.parametrize(
+    "method, seeds",
+    # the cheap method over many seeds: five let chance decide
+    [(evolutionary, range(30)), (partial(predictor_guided, candidates=100), range(5))],
+)
+def test_beats_random_search_at_equal_evaluations(method, seeds):
     best = max(quality(c) for c in SPACE if price(c) <= BUDGET)
     ours, random = (
         [best - m(SPACE, quality, price, BUDGET, 40, seed).quality for seed in seeds]
         for m in (method, random_search)
     )
     assert statistics.fmean(ours) < 0.7 * statistics.fmean(random)
-    assert sum(a < b for a, b in zip(ours, random, strict=True)) >= 4
+    assert sum(a < b for a, b in zip(ours, random, strict=True)) >= 0.8 * len(seeds)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
-import operator
 from typing import Any
 
 import pytest
