@@ -32,6 +32,7 @@ def guarded(path: Path) -> Iterator[None]:
     try:
         yield
     except (
+        TypeError,  # tarfile's own, on a gzip header that ends early
         ValueError,
         KeyError,
         EOFError,

@@ -117,7 +117,7 @@ class Structure:
         self.args, self.kwargs = args, kwargs
         self.tensors, self.slots = named_tensors(root)
         body = skeleton(root).eval()
-        tracer, self.output = trace(body, self.tensors, args, kwargs)
+        tracer, _ = trace(body, self.tensors, args, kwargs)
         modules = dict(body.named_modules())
         groups, self._unit, self.fixed = tracer.groups(modules)
         self.groups: dict[str, Group] = {g.name: g for g in groups}
@@ -465,5 +465,5 @@ def bind(
             table = module._parameters if slot in module._parameters else module._buffers
             table[slot] = tensor  # type: ignore[assignment]
     for path, attribute, value in values:
-        setattr(modules[path], attribute, value)
+        modules[path].__dict__[attribute] = value  # a plain number: nothing to register
     return bound

@@ -112,8 +112,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "budgets": (0.1, 0.25, 0.5, 0.75, 1.0),
         "test_images": 360,
     },
-    # sorted, ordinary, sandwich, three alone, three grids measured:
-    # mnist 40 + 100 + 40 + 50 + 135 s, cifar10 140 + 340 + 110 + 390 + 160 s
+    # sorted, ordinary, sandwich, two alone, three grids measured:
+    # mnist 40 + 100 + 40 + 25 + 135 s, cifar10 140 + 340 + 110 + 150 + 160 s
     "cpu": {
         "studies": ("mnist", "cifar10"),
         "updates": (2000, 1400),
@@ -121,7 +121,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "lr": (2e-3, 2e-3),
         "precision": ("32", "bf16"),
-        "alone": 4,
+        "alone": 2,
         "calibration_batches": 20,
         "budgets": (0.1, 0.25, 0.5, 0.75, 1.0),
         "test_images": 10_000,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -345,6 +345,7 @@ def test_a_tar_with_an_absurd_member_is_refused(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+@example(content=b"\x08\x04", name="cifar-10-binary.tar.gz")
 @given(
     st.binary(max_size=300), st.sampled_from(["mnist.npz", "set5.zip", "cifar-10-binary.tar.gz"])
 )

@@ -44,7 +44,7 @@ def images(n: int, seed: int = 0) -> Tensor:
 
 def middle(net: ElasticNet, **inputs: Tensor) -> float:
     """A confidence that about half of the examples reach at each exit."""
-    scores = Confidence(0).score(net.all_exits(**inputs)[0]).sort().values
+    scores = Confidence(0).score(net.all_exits(**inputs)[0].detach()).sort().values
     return float(scores[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean())
 
 
