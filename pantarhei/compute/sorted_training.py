@@ -174,8 +174,9 @@ def touched_only(optimizer: Optimizer) -> Optimizer:
     with its optimizer state: the step is the one of an optimizer that holds the used slice alone.
 
     It works with every optimizer whose state has the shape of the parameter (SGD, AdamW, ...): for
-    the duration of a step, parameter, gradient and state are replaced by views of the used slice,
-    so that a step on a small sub-network costs less, not more. Step counts stay those of whole
+    the duration of a step, parameter, gradient and state are replaced by views of the used slice.
+    Finding that slice reads the gradients once more (1 to 4 ms a step for 0.9 to 1.7 million
+    parameters, against 30 to 250 ms of forward and backward pass). Step counts stay those of whole
     parameters. Sharded (FSDP) parameters have no rows; do not use it on them.
 
     >>> weight = nn.Parameter(torch.ones(4))

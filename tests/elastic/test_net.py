@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from zoo import UNet, check, hugging, leaves, same, snapshot, unchanged
+from zoo import UNet, check, hugging, inside, leaves, same, snapshot, unchanged
 
 import pantarhei as pr
 from pantarhei.cost import profile
@@ -46,16 +46,10 @@ def test_gradients_land_in_the_full_weights(build: object) -> None:
     sub = net.extract(SMALL)
     sum(t.square().sum() for t in leaves(net(x, SMALL))).backward()
     sum(t.square().sum() for t in leaves(sub(x))).backward()
-    cuts = net.plan(SMALL).cuts
     for (name, full), own in zip(model.named_parameters(), sub.parameters(), strict=True):
-        inside = torch.ones_like(full, dtype=torch.bool)
-        for cut in cuts.get(f"model.{name}", ()):
-            kept = torch.zeros(full.shape[cut.axis], dtype=torch.bool)
-            index = cut.index
-            kept[index if index is not None else slice(cut.start, cut.start + cut.length)] = True
-            inside &= kept.view([-1 if d == cut.axis else 1 for d in range(full.dim())])
-        assert torch.equal(full.grad[inside].view(own.shape), own.grad), name
-        assert not full.grad[~inside].any(), name
+        mask = inside(net, SMALL, name)
+        assert torch.equal(full.grad[mask].view(own.shape), own.grad), name
+        assert not full.grad[~mask].any(), name
 
 
 def test_training_moves_the_statistics_of_the_prefix_only() -> None:

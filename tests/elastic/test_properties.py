@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import check, snapshot, unchanged
+from zoo import check, inside, snapshot, unchanged
 
 import pantarhei as pr
 from pantarhei.elastic import Choice, Sized
 
 EXAMPLES = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
@@ -152,11 +152,7 @@ def test_convolutional_networks(seed: int) -> None:
     torch.manual_seed(seed)
     model, x = prepared(conv_net(draw)), torch.randn(draw.choice((2, 3)), 3, 6, 6)
     before = snapshot(model)
-    try:
-        net = pr.elastic(model, x, width=widths(draw))
-    except pr.errors.RequestError as error:  # only where everything is tied to a fixed size
-        assert "cannot change" in str(error)
-        return
+    net = pr.elastic(model, x, width=widths(draw))
     check(model, net, x, choices=[net.space.smallest, *net.space.sample(2, seed)])
     assert unchanged(before, model)
 
@@ -204,17 +200,12 @@ def test_smaller_choices_lie_inside_larger_ones(seed: int, pick: int) -> None:
     assert small <= a
     assert small <= b
 
-    def trained(choice: Choice) -> list[Tensor]:
-        model.zero_grad()
-        net(x, choice).square().sum().backward()
-        return [p.grad != 0 if p.grad is not None else p != p for p in model.parameters()]
-
-    inside, outside = net.plan(small), net.plan(a)
-    assert all(inside.keep[g] <= outside.keep[g] for g in net.groups)
-    assert set(outside.skipped) <= set(inside.skipped)
-    # A zero gradient can also be a dead unit: what the small one trains lies in a's views.
-    alive = net._structure.alive(outside.keep)
-    shapes = [net._structure.shape(f"model.{n}", alive) for n, _ in model.named_parameters()]
-    for mask, shape in zip(trained(small), shapes, strict=True):
-        assert mask.sum() <= torch.Size(shape).numel()
-    assert net.cost(small).macs <= net.cost(a).macs
+    assert all(net.plan(small).keep[g] <= net.plan(a).keep[g] for g in net.groups)
+    assert set(net.plan(a).skipped) <= set(net.plan(small).skipped)
+    model.zero_grad()
+    net(x, small).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert not (inside(net, small, name) & ~inside(net, a, name)).any(), name
+        if p.grad is not None:
+            assert not p.grad[~inside(net, small, name)].any(), name
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())

@@ -98,6 +98,18 @@ def no_trace(module: nn.Module) -> bool:
     )
 
 
+def inside(net: ElasticNet, choice: Choice, name: str) -> Tensor:
+    """Which elements of one of the model's parameters a choice keeps, as a mask of its shape."""
+    full = net.tensors()[f"model.{name}"]
+    mask = torch.ones_like(full, dtype=torch.bool)
+    for cut in net.plan(choice).cuts.get(f"model.{name}", ()):
+        kept = torch.zeros(full.shape[cut.axis], dtype=torch.bool)
+        index = cut.index
+        kept[index if index is not None else slice(cut.start, cut.start + cut.length)] = True
+        mask &= kept.view([-1 if d == cut.axis else 1 for d in range(full.dim())])
+    return mask
+
+
 def check_storage(net: ElasticNet) -> None:
     """A choice's tensors are views of the full ones wherever the kept channels are contiguous."""
     plan = net.plan(net.space.smallest)
