@@ -1,0 +1,1 @@
+"""How networks learn: exact dynamics, generalisation, effective theory, parametrisations."""
