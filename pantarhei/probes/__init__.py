@@ -1,0 +1,25 @@
+"""Instruments for a network as it learns: curvature, tangent kernel, signal propagation.
+
+Every instrument is called on a model, a loss and batches, ``loss(model, batch)`` being what
+``pantarhei.fit`` takes, and leaves the model as it was. Names are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# name: the module that defines it
+_NAMES = {
+    "Objective": "_objective",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(_NAMES)
