@@ -11,7 +11,18 @@ from typing import Any
 
 # name: the module that defines it
 _NAMES = {
+    "Activation": "mean_field",
+    "critical_gain": "mean_field",
+    "critical_point": "mean_field",
+    "susceptibilities": "mean_field",
+    "GaussNewton": "curvature",
+    "Hessian": "curvature",
     "Objective": "_objective",
+    "Operator": "curvature",
+    "Preconditioned": "curvature",
+    "Residual": "curvature",
+    "learning_rates": "curvature",
+    "preconditioner": "curvature",
 }
 
 
