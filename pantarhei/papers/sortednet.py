@@ -26,15 +26,17 @@ if TYPE_CHECKING:
     from pantarhei.elastic.samplers import Sampler
     from pantarhei.fit import Batches
 
-# At quick, with 12 networks, 360 test images (one is 0.3 points) and images of 8 x 8 pixels, the
-# claims about single points, ranks and milliseconds are not made.
+# The bounds are the fact sheet's at every scale. At quick some are out of reach for reasons of size:
+# the narrowest of 12 networks has 8 channels, one of 360 test images is 0.3 points and moves ranks
+# and regrets, and a forward pass takes about as long as Python does to walk a module tree. They are
+# measured and reported all the same.
 CLAIMS = (
     ClaimSpec(
         "all-at-once",
         "sub-networks of one training keep the full one's accuracy, down to 5 % of its MACs",
         "lowest accuracy relative to the full network, points of at least 5 % of its MACs",
         ">=",
-        {"cpu": 0.96},
+        {"quick": 0.96, "cpu": 0.96},
         "0.96 at each of 160 sub-models",
     ),
     ClaimSpec(
@@ -42,7 +44,7 @@ CLAIMS = (
         "nearly every sub-network of the grid keeps 96 % of the full one's accuracy",
         "share of the grid with relative accuracy of at least 0.96",
         ">=",
-        {"cpu": 0.90, "gpu": 0.90},
+        {"quick": 0.90, "cpu": 0.90, "gpu": 0.90},
         "1.0 of 160 sub-models",
     ),
     ClaimSpec(
@@ -64,14 +66,14 @@ CLAIMS = (
         "accuracy grows with MACs over the grid",
         "Spearman rank correlation of accuracy and MACs",
         ">=",
-        {"cpu": 0.9, "gpu": 0.9},
+        0.9,
     ),
     ClaimSpec(
         "search-free",
         "the largest network that fits a budget is as good as the best that does",
         "best minus largest that fits, worst of five budgets, points",
         "<=",
-        {"cpu": 0.5, "gpu": 0.5},
+        0.5,
     ),
     ClaimSpec(
         "switching-copies-nothing",
@@ -85,7 +87,7 @@ CLAIMS = (
         "switching to a sub-network takes a negligible part of running it",
         "milliseconds to switch over milliseconds of a forward pass, mean over the grid",
         "<=",
-        {"cpu": 0.01, "gpu": 0.01},
+        0.01,
     ),
     ClaimSpec(
         "against-the-sandwich-rule",
@@ -96,9 +98,9 @@ CLAIMS = (
     ),
 )
 
-# Tuples have one entry for each study. Measured on 2 cores of an AVX512-bf16 processor, batch 128:
-# the residual MLP takes 10 ms a draw (mean over the grid; 25 ms at full size), the ResNet 50 ms in
-# channels-last bf16 (120 ms at full size, 175 ms in float32).
+# Tuples have one entry for each study. Measured on one thread of a Xeon with AMX, batch 128: the
+# residual MLP takes 5 ms a draw (mean over the grid; 8 ms at full size; bf16 is slower), the ResNet
+# 85 ms in channels-last bf16 (155 ms at full size) and 140 ms (280 ms) in float32.
 SETTINGS: dict[str, dict[str, Any]] = {
     "quick": {
         "studies": ("digits",),
@@ -112,16 +114,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "budgets": (0.1, 0.25, 0.5, 0.75, 1.0),
         "test_images": 360,
     },
-    # sorted, ordinary, sandwich, two alone, three grids measured:
-    # mnist 40 + 100 + 40 + 25 + 135 s, cifar10 140 + 340 + 110 + 150 + 160 s
+    # cifar10: 4,000 draws of 128, the least that the fact sheet asks for, for every contender
     "cpu": {
         "studies": ("mnist", "cifar10"),
-        "updates": (2000, 1400),
+        "updates": (2000, 2000),
         "g_acc": 2,
         "batch_size": 128,
         "lr": (2e-3, 2e-3),
         "precision": ("32", "bf16"),
-        "alone": 2,
+        "alone": 4,
         "calibration_batches": 20,
         "budgets": (0.1, 0.25, 0.5, 0.75, 1.0),
         "test_images": 10_000,
