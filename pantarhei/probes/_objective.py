@@ -152,11 +152,12 @@ class Objective:
             values = [self.evaluate(self.params, batch) for batch in self.batches]
         return finite(torch.stack(values).mean())
 
-    def gradient(self) -> Tensor:
-        """Return the gradient of the mean loss: (size,)."""
+    def gradient(self, at: Tensor | None = None) -> Tensor:
+        """Return the gradient of the mean loss, here or at other weights (size,): (size,)."""
+        weights = self.params if at is None else self.unflatten(at)
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         for batch in self.batches:
-            leaves = self.leaves()
+            leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
             value = self.evaluate(leaves, batch)
             finite(value)
             total += self.join(differentiate(value, leaves.values()))
@@ -313,14 +314,13 @@ def differentiate(
     """Call ``torch.autograd.grad``; what does not depend on an input has derivative zero."""
     inputs = tuple(by)
     try:
-        return torch.autograd.grad(
+        found = torch.autograd.grad(
             of,
             inputs,
             along,
             create_graph=graph,
             retain_graph=keep or graph,
             allow_unused=True,
-            materialize_grads=not batched,
             is_grads_batched=batched,
         )
     except (RuntimeError, NotImplementedError) as error:
@@ -329,6 +329,11 @@ def differentiate(
                 f"an operation of the model has no second derivative ({error}): use one that has."
             ) from error
         raise
+    lead = (along[0] if isinstance(along, tuple) else along).shape[:1] if batched else ()
+    return tuple(
+        torch.zeros(*lead, *i.shape, dtype=i.dtype, device=i.device) if f is None else f
+        for f, i in zip(found, inputs, strict=True)
+    )
 
 
 class _Loss(nn.Module):
