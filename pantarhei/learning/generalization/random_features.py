@@ -39,6 +39,11 @@ class Task(NamedTuple):
     y_test: Tensor
     noise: float = 0.0
 
+    def one(self, number: int) -> Task:
+        """Return one of the data sets of a task that has several."""
+        x, y, x_test, y_test = (part[number] for part in self[:4])
+        return Task(x, y, x_test, y_test, self.noise)
+
 
 def relu_teacher(
     seeds: int,
@@ -299,9 +304,11 @@ def _mixed(*numbers: int) -> int:
 
 
 class TwoLayer(nn.Module):
-    r"""The student whose two layers are both trained: :math:`V\,\mathrm{relu}(W_1 x)/\sqrt{N_h}`.
+    r"""The student whose two layers are both trained.
 
-    The readout starts at 0, the first layer at :math:`N(0, 1/N_i)`.
+    :math:`V\,\mathrm{relu}(W_1 x/\sqrt{N_i})/\sqrt{N_h}` with :math:`W_1 \sim N(0, 1)` and
+    :math:`V = 0` at the start: the random features of :func:`width_sweep`, with both layers' rates
+    independent of the width and of the number of inputs.
 
     >>> TwoLayer(3, 8, 2)(torch.ones(5, 3)).abs().max().item()
     0.0
@@ -312,13 +319,17 @@ class TwoLayer(nn.Module):
         self.first = nn.Linear(inputs, width, bias=False)
         self.readout = nn.Linear(width, outputs, bias=False)
         with torch.no_grad():
-            self.first.weight.copy_(_layers(range(1), width, inputs, seed)[0])
+            self.first.weight.copy_(math.sqrt(inputs) * _layers(range(1), width, inputs, seed)[0])
             self.readout.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return predictions (..., q)."""
-        hidden = torch.relu(self.first(x)) / math.sqrt(self.first.out_features)
-        return self.readout(hidden)
+        return self.readout(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return the features (..., N_h)."""
+        size = math.sqrt(self.first.in_features * self.first.out_features)
+        return torch.relu(self.first(x)) / size
 
 
 class Course(NamedTuple):
@@ -348,12 +359,11 @@ def train_both_layers(
 ) -> Course:
     r"""Train both layers of a ReLU student by full-batch gradient descent.
 
-    The loss is the mean squared error. Errors are measured at ``points`` steps spaced evenly in their logarithm. ``lr`` is by default a
-    quarter of the stability limit of the first moment, :math:`\frac14 \cdot 2/l_{\max}` of
-    :math:`\frac{2}{Pq} H H^T`.
+    The loss is the mean squared error. Errors are measured at ``points`` steps spaced evenly in
+    their logarithm. ``lr`` is by default a quarter of the stability limit of the first moment,
+    :math:`\frac14 \cdot 2/l_{\max}` with :math:`l_{\max}` that of :math:`\frac{2}{Pq} H H^T`.
 
-    >>> task = relu_teacher(1, 20, tests=30)
-    >>> course = train_both_layers(Task(*(part[0] for part in task[:4])), 4, steps=20)
+    >>> course = train_both_layers(relu_teacher(1, 20, tests=30).one(0), 4, steps=20)
     >>> bool(course.train[-1] < course.train[0])
     True
     """
@@ -365,8 +375,7 @@ def train_both_layers(
     x, y, x_test, y_test = (part[0].to(device, torch.float32) for part in batched[:4])
     model = TwoLayer(x.shape[1], width, y.shape[1], seed).to(device)
     if lr is None:
-        hidden = torch.relu(model.first(x)).detach() / math.sqrt(width)
-        largest = torch.linalg.matrix_norm(hidden, 2) ** 2 * 2 / y.numel()
+        largest = torch.linalg.matrix_norm(model.hidden(x).detach(), 2) ** 2 * 2 / y.numel()
         lr = float(0.5 / largest)
     wanted = set(np.unique(np.geomspace(1, steps, points).round().astype(int)).tolist())
 

@@ -158,7 +158,7 @@ def mode_time(eigenvalue: ArrayLike, snr: ArrayLike, inr: ArrayLike = 0.0) -> Ar
     return np.asarray(np.where(rate > 0, np.log1p(rate * gain) / moving, gain))
 
 
-# pytest would take the name of the field's quantity for a test.
+# pytest would take the quantity's name for that of a test.
 test_error.__test__ = False  # type: ignore[attr-defined]
 
 

@@ -1,0 +1,375 @@
+"""The bodies of ``pantarhei generalization curve | stop | width-sweep | bound``.
+
+Each works on a table of the user's (CSV with a header, or an ``.npz`` with X and y), or without one
+on the theory's own setting. A job returns an :class:`Outcome`, which :func:`deliver` prints, and
+writes where ``--out`` says; a file that is there is never replaced.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pantarhei.errors import RequestError, nearest
+from pantarhei.files import atomic
+from pantarhei.learning.generalization.estimate import Loss, Stopping, stopping_time
+from pantarhei.learning.generalization.flow import pair
+from pantarhei.learning.generalization.spectrum import Array
+from pantarhei.learning.generalization.theory import (
+    optimal_time,
+    ridge_error,
+    test_error,
+    train_error,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SUFFIXES = (".csv", ".png", ".svg")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job found: ``rows`` for a table, ``facts`` beside it, and how to draw it."""
+
+    title: str
+    rows: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    draw: Callable[[], Figure] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A user's data: inputs (P, N), targets (P,), and their names."""
+
+    inputs: Array
+    targets: Array
+    names: tuple[str, ...]
+    target: str
+
+
+def read_table(path: str, target: str | None = None, standardise: bool = True) -> Table:
+    """Read a CSV file with a header (``target`` names a column, the last by default), or an NPZ.
+
+    An ``.npz`` holds ``X`` (P, N) and ``y`` (P,). A target of two words counts as -1 and 1.
+    ``standardise`` scales each input to mean 0 and variance 1; one that does not vary is left out.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RequestError(f"'{path}' is not a file: name a CSV table or an .npz with X and y.")
+    if file.suffix.lower() == ".npz":
+        from pantarhei.data._read import guarded
+
+        with guarded(file), np.load(file, allow_pickle=False) as arrays:
+            inputs, targets = pair(arrays["X"], arrays["y"].reshape(-1))
+        names, target = tuple(f"x{i}" for i in range(inputs.shape[1])), "y"
+    else:
+        inputs, targets, names, target = _read_csv(file, target)
+    if standardise:
+        spread = inputs.std(0)
+        kept = spread > 0
+        if not kept.any():
+            raise RequestError(f"no input of '{path}' varies: there is nothing to learn from.")
+        inputs = (inputs[:, kept] - inputs[:, kept].mean(0)) / spread[kept]
+        names = tuple(name for name, keep in zip(names, kept, strict=True) if keep)
+    return Table(inputs, targets, names, target)
+
+
+def _read_csv(file: Path, target: str | None) -> tuple[Array, Array, tuple[str, ...], str]:
+    from pantarhei.data._read import guarded
+
+    with guarded(file), file.open(newline="", encoding="utf-8-sig") as handle:
+        header, *rows = [row for row in csv.reader(handle) if row]
+    if len(header) < 2 or not rows:
+        raise RequestError(f"'{file}' needs a header, an input, a target and rows of them.")
+    if any(len(row) != len(header) for row in rows):
+        number = next(i for i, row in enumerate(rows) if len(row) != len(header))
+        raise RequestError(
+            f"row {number + 1} of '{file}' has {len(rows[number])} fields and the header "
+            f"{len(header)}: mend it."
+        )
+    target = header[-1] if target is None else target
+    if target not in header:
+        raise RequestError(f"'{file}' has no column '{target}'.{nearest(target, header)}")
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    if len(columns) < len(header):
+        raise RequestError(f"'{file}' names a column twice: rename one.")
+    words = sorted(set(columns[target]))
+    if len(words) == 2 and not all(map(_is_number, words)):
+        targets = np.array([1.0 if word == words[1] else -1.0 for word in columns[target]])
+    else:
+        targets = _column(file, target, columns[target])
+    names = tuple(name for name in header if name != target)
+    inputs = np.stack([_column(file, name, columns[name]) for name in names], 1)
+    return inputs, targets, names, target
+
+
+def _column(file: Path, name: str, values: Sequence[str]) -> Array:
+    for number, value in enumerate(values):
+        if not _is_number(value):
+            raise RequestError(
+                f"column '{name}' of '{file}' holds '{value[:40]}' in row {number + 1}: give "
+                "finite numbers, or leave the column out."
+            )
+    return np.array([float(value) for value in values])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def curve(
+    table: Table | None,
+    alpha: Sequence[float],
+    snr: float | None,
+    inr: float,
+    until: float,
+    points: int,
+) -> Outcome:
+    """Return train and test error over time, of the theory or as predicted for data."""
+    from pantarhei.learning.generalization.figures import error_curves
+
+    if points < 2 or not 1e-2 < until < np.inf:
+        raise RequestError("--points is at least 2 and --until a time above 0.01.")
+    times = np.geomspace(1e-2, until, points)
+    if table is not None:
+        stop = stopping_time(table.inputs, table.targets, snr=snr, inr=inr)
+        train, test = stop.errors(times)
+        rows = [{"t": t, "train": a, "test": b} for t, a, b in zip(times, train, test, strict=True)]
+        name = f"{table.target}, {len(table.targets)} examples"
+        best = float(stop.errors(stop.time)[1])
+        return Outcome(
+            f"Expected errors of a linear model of {name}",
+            rows,
+            _stop_facts(stop),
+            lambda: error_curves(times, {name: (train, test)}, {name: (stop.time, best)}, unit=""),
+        )
+    ratio = 5.0 if snr is None else snr
+    ratios = np.array(alpha)
+    train = train_error(times[:, None], ratios, ratio, inr)
+    test = test_error(times[:, None], ratios, ratio, inr)
+    best_times = optimal_time(ratios, ratio, inr)
+    best_errors = test_error(best_times, ratios, ratio, inr)
+    labels = [f"P/N = {a:g}" for a in alpha]
+    rows = [
+        {
+            "t": t,
+            **{f"train, {n}": train[i, j] for j, n in enumerate(labels)},
+            **{f"test, {n}": test[i, j] for j, n in enumerate(labels)},
+        }
+        for i, t in enumerate(times)
+    ]
+    stops = dict(zip(labels, zip(best_times, best_errors, strict=True), strict=True))
+    curves = {name: (train[:, j], test[:, j]) for j, name in enumerate(labels)}
+    return Outcome(
+        f"Errors over the teacher's variance, SNR {ratio:g}, INR {inr:g}",
+        rows,
+        {f"best time, {name}": float(t) for name, (t, _) in stops.items()},
+        lambda: error_curves(times, curves, stops),
+    )
+
+
+def stop(
+    table: Table | None,
+    alpha: Sequence[float],
+    snr: Sequence[float],
+    inr: float,
+    lr: float | None,
+    loss: Loss,
+    batch_size: int | None,
+) -> Outcome:
+    """Return when to stop, of the theory for every alpha and SNR or as predicted for data."""
+    if table is not None:
+        if len(snr) > 1:
+            raise RequestError("data have one SNR: give --snr once, or leave it to be estimated.")
+        found = stopping_time(
+            table.inputs,
+            table.targets,
+            snr=snr[0] if snr else None,
+            inr=inr,
+            lr=lr,
+            loss=loss,
+            batch_size=batch_size,
+        )
+        facts = _stop_facts(found)
+        return Outcome(
+            f"A linear model of {table.target}: {len(table.targets)} examples of "
+            f"{table.inputs.shape[1]} inputs",
+            [{"quantity": name, "value": value} for name, value in facts.items()],
+        )
+    if lr is not None:
+        raise RequestError("--lr turns the time into steps for data: name a table as well.")
+    grid = [(a, r) for a in alpha for r in snr or (1.0, 5.0, 50.0)]
+    ratios, signal = np.array(grid).T
+    times = optimal_time(ratios, signal, inr)
+    columns = {
+        "P/N": ratios,
+        "SNR": signal,
+        "best time": times,
+        "error there": test_error(times, ratios, signal, inr),
+        "best ridge": ridge_error(ratios, signal),
+        "error at the end": test_error(np.inf, ratios, signal, inr),
+    }
+    rows = [
+        dict(zip(columns, map(float, row), strict=True)) for row in np.stack([*columns.values()], 1)
+    ]
+    return Outcome(f"Best stopping times, INR {inr:g}; errors over the teacher's variance", rows)
+
+
+def _stop_facts(found: Stopping) -> dict[str, Any]:
+    train, test = found.errors([found.time, np.inf])
+    facts: dict[str, Any] = {
+        "examples / inputs": found.alpha,
+        "SNR": found.snr,
+        "noise variance": found.noise,
+        "best time t / tau": found.time,
+        "best time, inputs as they came": found.raw_time,
+        "equivalent ridge penalty": found.penalty,
+        "expected test error there": float(test[0]),
+        "expected training error there": float(train[0]),
+        "expected test error at the end": float(test[1]),
+    }
+    return facts if found.steps is None else {"best step": round(found.steps), **facts}
+
+
+def sweep(
+    table: Table | None,
+    widths: Sequence[int],
+    *,
+    bounds: bool = False,
+    examples: int = 300,
+    snr: float = 10.0,
+    seeds: int = 10,
+    until: float = 1e5,
+    start: float = 0.0,
+    center: bool = False,
+    test_share: float = 0.25,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Outcome:
+    """Return errors, or complexity terms beside the true gap, of random ReLU students by width."""
+    from pantarhei.learning.generalization import figures
+    from pantarhei.learning.generalization.random_features import relu_teacher, width_sweep
+    from pantarhei.progress import progress
+
+    if seeds < 1 or not 1e-3 < until < np.inf:
+        raise RequestError("--seeds is at least 1 and --until a time above 0.001.")
+    if table is None:
+        if examples < 2:
+            raise RequestError("--examples is at least 2.")
+        task, name = relu_teacher(seeds, examples, snr, seed=seed), "a ReLU teacher"
+    else:
+        task, name = _split(table, test_share, seed), table.target
+    many = task.x.shape[-2]
+    chosen = list(widths) or [
+        max(1, round(many * share)) for share in (0.1, 0.25, 0.5, 0.9, 1, 1.1, 2, 5)
+    ]
+    with progress(len(chosen), "widths", quiet=quiet) as bar:
+        found = width_sweep(
+            task,
+            sorted(set(chosen)),
+            np.geomspace(1e-3, until, 60),
+            seeds=None if table is None else seeds,
+            start=start,
+            center=center,
+            seed=seed,
+            progress=bar,
+        )
+    shown = ("width", "train", "best", "final", "overtraining", "smallest eigenvalue", "rank")
+    if bounds:
+        shown = ("width", "gap", "plain bound", "conditioned bound", "capped bound", "norm", "rank")
+    rows = [{key: row[key] for key in shown} for row in found.rows()]
+    title = (
+        f"Random ReLU features of {name}: {many} examples, medians of {seeds} seeds, t to {until:g}"
+    )
+    return Outcome(
+        title, rows, {}, lambda: (figures.bounds if bounds else figures.overtraining)(found, name)
+    )
+
+
+def _split(table: Table, test_share: float, seed: int) -> Any:
+    """Return a task of the table's rows, its test rows at random; inputs and targets centred."""
+    from torch import from_numpy
+
+    from pantarhei.learning.generalization.random_features import Task
+
+    count = len(table.targets)
+    tests = round(test_share * count)
+    if not 1 <= tests <= count - 2:
+        raise RequestError(
+            f"--test-share {test_share:g} leaves {count - tests} of {count} rows for training: "
+            "choose another."
+        )
+    order = np.random.default_rng(seed).permutation(count)
+    test, train = order[:tests], order[tests:]
+    y = (table.targets - table.targets[train].mean())[:, None]
+    parts = (table.inputs[train], y[train], table.inputs[test], y[test])
+    return Task(*(from_numpy(np.ascontiguousarray(part)) for part in parts))  # type: ignore[arg-type]
+
+
+def deliver(outcome: Outcome, out: str | None, json: bool) -> None:
+    """Print an outcome, as a table or JSON, and write it to ``out`` (CSV, PNG or SVG)."""
+    from pantarhei import report
+
+    if out is not None:
+        _write(outcome, Path(out))
+    rows = [{k: _plain(v) for k, v in row.items()} for row in outcome.rows]
+    facts = {key: _plain(value) for key, value in outcome.facts.items()}
+    if json:
+        report.emit_json({"title": outcome.title, **facts, "rows": rows})
+        return
+    columns = list(rows[0])
+    shown = ([_text(row[key]) for key in columns] for row in rows)
+    report.emit(report.table(outcome.title, columns, shown))
+    if facts:
+        report.emit(report.table(None, ("", "value"), ((k, _text(v)) for k, v in facts.items())))
+    if out is not None:
+        report.emit(f"Written to {out}.")
+
+
+def check_out(out: str | None) -> None:
+    """Refuse, before the work is done, a file that could not be written."""
+    if out is None:
+        return
+    if Path(out).suffix.lower() not in _SUFFIXES:
+        raise RequestError(f"'{out}' has no known ending: choose {', '.join(_SUFFIXES)}.")
+    if Path(out).exists():
+        raise RequestError(f"'{out}' exists already: name another file.")
+
+
+def _write(outcome: Outcome, path: Path) -> None:
+    if path.suffix.lower() == ".csv":
+        with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, list(outcome.rows[0]))
+            writer.writeheader()
+            writer.writerows(outcome.rows)
+        return
+    if outcome.draw is None:
+        raise RequestError(f"this result is a table and has no picture: write '{path}' as .csv.")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    with atomic(path) as temporary:
+        outcome.draw().savefig(temporary, dpi=150)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON has: what is not finite becomes text."""
+    if isinstance(value, str):
+        return value
+    number = float(value)
+    if not np.isfinite(number):
+        return str(number)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.5g}"
