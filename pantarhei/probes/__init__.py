@@ -16,12 +16,15 @@ _NAMES = {
     "critical_point": "mean_field",
     "susceptibilities": "mean_field",
     "GaussNewton": "curvature",
+    "Eigen": "eigen",
     "Hessian": "curvature",
     "Objective": "_objective",
     "Operator": "curvature",
     "Preconditioned": "curvature",
     "Residual": "curvature",
+    "lanczos": "eigen",
     "learning_rates": "curvature",
+    "power_iteration": "eigen",
     "preconditioner": "curvature",
 }
 
