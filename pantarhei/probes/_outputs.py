@@ -6,6 +6,7 @@ the model is called with.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -79,6 +80,16 @@ class Outputs:
             "tuple[tuple[Any, ...], dict[str, Any]]",
             pytree.tree_map_only(Tensor, lambda t: t[rows], (self.args, self.kwargs)),
         )
+
+    def first_two(self) -> Outputs:
+        """Return the same model on the first two inputs alone; a single one twice."""
+        pair = copy.copy(self)
+        rows = torch.arange(2) % self.n
+        pair.args, pair.kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t[rows.to(t.device)], (self.args, self.kwargs)
+        )
+        pair.n = 2
+        return pair
 
     def of(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the outputs on these arguments, (rows, o)."""
