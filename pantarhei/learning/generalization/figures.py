@@ -37,7 +37,9 @@ def error_curves(
             at, error = stops[name]
             axis.axvline(at, color="0.5", ls=":", label=f"predicted stop, t = {at:.3g}")
             axis.plot([at], [error], "k*", ms=9)
-        axis.set(xscale="log", xlabel="time t / τ", title=name, ylim=(0, None))
+        axis.set(xscale="log", xlabel="time t / τ", title=name)
+        if unit:
+            axis.set_ylim(0, None)
         axis.legend(fontsize=8)
     axes[0].set_ylabel(f"error / {unit}" if unit else "mean squared error")
     return figure

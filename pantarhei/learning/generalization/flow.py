@@ -40,7 +40,8 @@ def flow(
         )
     left, singular, right = np.linalg.svd(x, full_matrices=False)
     there = singular > singular.max() * max(x.shape) * np.finfo(np.float64).eps
-    left, singular, right = left[:, there], singular[there], right[there]
+    # An input that is always 0 is rounding in the basis; its weight stays bit for bit.
+    left, singular, right = left[:, there], singular[there], right[there] * x.any(0)
     gone = (left.T @ y).T / singular - (right @ w).T
     moved = -np.expm1(-(singular**2) * t.reshape(-1, *[1] * w.ndim))  # (T, [1,] K)
     return np.asarray(w + np.moveaxis((moved * gone) @ right, 1, -1))

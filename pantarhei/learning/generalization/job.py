@@ -135,45 +135,62 @@ def curve(
     points: int,
 ) -> Outcome:
     """Return train and test error over time, of the theory or as predicted for data."""
-    from pantarhei.learning.generalization.figures import error_curves
-
     if points < 2 or not 1e-2 < until < np.inf:
         raise RequestError("--points is at least 2 and --until a time above 0.01.")
-    times = np.geomspace(1e-2, until, points)
+    times, fine = (np.geomspace(1e-2, until, count) for count in (points, 200))
     if table is not None:
-        stop = stopping_time(table.inputs, table.targets, snr=snr, inr=inr)
-        train, test = stop.errors(times)
-        rows = [{"t": t, "train": a, "test": b} for t, a, b in zip(times, train, test, strict=True)]
-        name = f"{table.target}, {len(table.targets)} examples"
-        best = float(stop.errors(stop.time)[1])
-        return Outcome(
-            f"Expected errors of a linear model of {name}",
-            rows,
-            _stop_facts(stop),
-            lambda: error_curves(times, {name: (train, test)}, {name: (stop.time, best)}, unit=""),
-        )
-    ratio = 5.0 if snr is None else snr
-    ratios = np.array(alpha)
-    train = train_error(times[:, None], ratios, ratio, inr)
-    test = test_error(times[:, None], ratios, ratio, inr)
-    best_times = optimal_time(ratios, ratio, inr)
-    best_errors = test_error(best_times, ratios, ratio, inr)
-    labels = [f"P/N = {a:g}" for a in alpha]
+        return _data_curve(table, snr, inr, times, fine)
+    return _theory_curve(alpha, 5.0 if snr is None else snr, inr, times, fine)
+
+
+def _data_curve(table: Table, snr: float | None, inr: float, times: Array, fine: Array) -> Outcome:
+    from pantarhei.learning.generalization.figures import error_curves
+
+    found = stopping_time(table.inputs, table.targets, snr=snr, inr=inr)
     rows = [
-        {
-            "t": t,
-            **{f"train, {n}": train[i, j] for j, n in enumerate(labels)},
-            **{f"test, {n}": test[i, j] for j, n in enumerate(labels)},
-        }
+        {"t": t, "train": train, "test": test}
+        for t, train, test in zip(times, *found.errors(times), strict=True)
+    ]
+    name = f"{table.target}, {len(table.targets)} examples"
+    best = {name: (found.time, float(found.errors(found.time)[1]))}
+    return Outcome(
+        f"Expected errors of a linear model of {name}",
+        rows,
+        _stop_facts(found),
+        lambda: error_curves(fine, {name: found.errors(fine)}, best, unit=""),
+    )
+
+
+def _theory_curve(
+    alpha: Sequence[float], snr: float, inr: float, times: Array, fine: Array
+) -> Outcome:
+    from pantarhei.learning.generalization.figures import error_curves
+
+    names = {f"P/N = {a:g}": a for a in alpha}
+    columns = {
+        f"{kind}, {name}": error(times, a, snr, inr)
+        for kind, error in (("train", train_error), ("test", test_error))
+        for name, a in names.items()
+    }
+    rows = [
+        {"t": t, **{name: values[i] for name, values in columns.items()}}
         for i, t in enumerate(times)
     ]
-    stops = dict(zip(labels, zip(best_times, best_errors, strict=True), strict=True))
-    curves = {name: (train[:, j], test[:, j]) for j, name in enumerate(labels)}
+    best = {name: float(optimal_time(a, snr, inr)) for name, a in names.items()}
+
+    def draw() -> Figure:
+        curves = {
+            name: (train_error(fine, a, snr, inr), test_error(fine, a, snr, inr))
+            for name, a in names.items()
+        }
+        stops = {n: (t, float(test_error(t, names[n], snr, inr))) for n, t in best.items()}
+        return error_curves(fine, curves, stops)
+
     return Outcome(
-        f"Errors over the teacher's variance, SNR {ratio:g}, INR {inr:g}",
+        f"Errors over the teacher's variance, SNR {snr:g}, INR {inr:g}",
         rows,
-        {f"best time, {name}": float(t) for name, (t, _) in stops.items()},
-        lambda: error_curves(times, curves, stops),
+        {f"best time, {name}": t for name, t in best.items()},
+        draw,
     )
 
 
