@@ -17,6 +17,8 @@ _NAMES = {
     "susceptibilities": "mean_field",
     "GaussNewton": "curvature",
     "Density": "density",
+    "Edge": "stability",
+    "edge_of_stability": "stability",
     "Eigen": "eigen",
     "Hessian": "curvature",
     "Objective": "_objective",
@@ -30,6 +32,8 @@ _NAMES = {
     "learning_rates": "curvature",
     "power_iteration": "eigen",
     "spectral_density": "density",
+    "step_curvature": "stability",
+    "threshold": "stability",
     "preconditioner": "curvature",
 }
 
