@@ -53,7 +53,7 @@ def hierarchy_strengths(branching: int, depth: int, flip: float, features: int =
     the constant that sum up to D. Strengths fall from level to level.
 
     >>> hierarchy_strengths(2, 3, 0.1, 100).round(2).tolist()
-    [6.99, 4.33, 3.59, 2.12]
+    [6.62, 4.2, 3.2, 2.12]
     """
     _check(branching, depth, flip)
     b, q = branching, (1 - 2 * flip) ** 2

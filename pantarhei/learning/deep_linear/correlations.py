@@ -15,6 +15,7 @@ from pantarhei.errors import RequestError
 Array = NDArray[np.float64]
 Convention = Literal["half-sum", "half-mean", "mse", "mse-sum"]
 
+_ROUNDING = 1e-12  # of the strongest mode: weaker ones are not in the data
 _TOLERANCE = 1e-6  # of the largest entry: rounding of data that were whitened in float32
 
 
@@ -131,6 +132,7 @@ class Correlations:
         if not self.whitened and self.commuting:
             return self._commuting_modes()
         u, s, vt = np.linalg.svd(self.sigma31, full_matrices=False)
+        s = np.where(s > _ROUNDING * s.max(initial=0.0), s, 0.0)
         if self.whitened:
             return Modes(u, s, vt.T, np.ones_like(s))
         mixing = f"their correlation mixes the modes (by {self.mixing:.2g} of its size)"
@@ -181,7 +183,8 @@ class Correlations:
         v = vectors[:, order[:k]]
         image = self.sigma31 @ v
         s = np.linalg.norm(image, axis=0)
-        u, r = np.linalg.qr(np.where(s > 1e-12 * s.max(initial=0.0), image, 0.0))
+        s = np.where(s > _ROUNDING * s.max(initial=0.0), s, 0.0)
+        u, r = np.linalg.qr(np.where(s > 0, image, 0.0))
         u = u * np.where(np.diag(r) < 0, -1.0, 1.0)
         return Modes(u, s, v, np.einsum("ij,ij->j", v, self.sigma11 @ v))
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from pantarhei.learning.deep_linear.prediction import Prediction
@@ -32,10 +33,10 @@ def mode_curves(
     ``simulated`` is (times, strengths (T, K)). ``losses`` (by default the prediction's own) are
     drawn below.
     """
-    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    figure = Figure(figsize=(8, 6.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     low, middle, high = prediction.band()
-    count = middle.shape[1]
+    count = max(1, int((prediction.modes.s > 0).sum()))
     shown = np.unique(np.linspace(0, count - 1, min(count, _SHOWN)).round().astype(int))
     for k in shown:
         color = _color(k, count)
@@ -45,7 +46,7 @@ def mode_curves(
             times, u = simulated
             every = slice(None, None, max(1, len(times) // 40))
             above.plot(times[every], u[every, k], ".", color=color, ms=4)
-    _legend(above, "predicted (lines), simulated (points)" if simulated else "predicted", count)
+    _legend(above, "lines: predicted\npoints: simulated" if simulated else "predicted", count)
     for (name, loss), style in zip(
         (losses or {"loss": np.median(prediction.loss(), 1)}).items(), cycle(("-", "--", ":"))
     ):
@@ -80,12 +81,14 @@ def depth_curves(rows: Sequence[Mapping[str, Any]], max_steps: int, error: float
         level = np.exp(np.mean(np.log([row["rate"] for row in known]))) * ticks[0]
         rates.plot(ticks, level / ticks, "k:", label="1/n")
     steps.set(xscale="log", yscale="log", xlabel="weight matrices n", ylabel="steps, best rate")
-    steps.set_title(f"Steps until {error:.0%} of the loss is left (triangle: not in {max_steps})")
+    steps.set_title(f"Steps to {error:.0%} of the loss (triangle: more than {max_steps})")
     rates.set(xscale="log", yscale="log", xlabel="weight matrices n", ylabel="best learning rate")
     rates.set_title("Best learning rate")
     for axes in (steps, rates):
         axes.set_xticks(ticks, [f"{n:g}" for n in ticks])
-        axes.minorticks_off()
+        axes.tick_params("x", which="minor", bottom=False)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3, which="both", axis="y")
         axes.legend(frameon=False)
     return figure
 
@@ -121,7 +124,7 @@ def gain_spectra(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axes in panels.ravel()[len(gains) :]:
         axes.set_axis_off()
     panels[0, 0].legend(frameon=False, fontsize="small")
-    panels[0, 0].set_ylim(0, 1.5)
+    panels[0, 0].set_yticks([])
     figure.supxlabel("log10 of the Jacobian's singular values (band [0.1, 10] shaded)")
     return figure
 
@@ -135,7 +138,7 @@ def _cycle() -> list[str]:
 
 
 def _legend(axes: Axes, what: str, count: int) -> None:
-    title = what if count <= _SHOWN else f"{what}; {_SHOWN} of {count} modes"
+    title = what if count <= _SHOWN else f"{what}\n{_SHOWN} of {count} modes"
     axes.legend(
         frameon=False, fontsize="small", title=title, title_fontsize="small",
         ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5),

@@ -1,0 +1,568 @@
+"""The bodies of ``pantarhei deep-linear predict | depth-sweep | gain-sweep``."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pantarhei.errors import RequestError, nearest
+from pantarhei.files import atomic, write_json
+from pantarhei.learning.deep_linear.closed_forms import stability_bound
+from pantarhei.learning.deep_linear.correlations import Correlations, whiten
+from pantarhei.learning.deep_linear.flow import gradient_descent
+from pantarhei.learning.deep_linear.prediction import Prediction, predict, time_to
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A user's data: inputs (P, N1) and targets (P, N3), with the names of their columns."""
+
+    inputs: Array
+    targets: Array
+    input_names: tuple[str, ...]
+    target_names: tuple[str, ...]
+
+
+def read_table(path: str, targets: Sequence[str] = (), classes: bool = False) -> Table:
+    """Read a CSV with a header, or an NPZ that holds X (P, N1) and y (P,) or (P, N3).
+
+    ``targets`` name columns of the CSV, the last by default. A target of words is made one column
+    for each word; ``classes`` does the same for numbers.
+
+    Raises :class:`RequestError`, in one sentence that names the place, for a file that is not
+    there or not a table, a column that is not there, a field that is empty or no finite number, and
+    fewer than two rows.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RequestError(f"'{path}' is not a file: name a CSV table, or an .npz with X and y.")
+    read = _read_npz if file.suffix.lower() == ".npz" else _read_csv
+    inputs, input_names, columns = read(file, targets)
+    blocks, names = [], []
+    for name, values in columns.items():
+        found = values if isinstance(values, np.ndarray) else _numbers(values)
+        if classes or found is None:
+            kinds, index = np.unique(np.asarray(values).astype(str), return_inverse=True)
+            if len(kinds) > max(2, len(values) // 2):
+                raise RequestError(
+                    f"Target '{name}' of '{path}' has {len(kinds)} different values in "
+                    f"{len(values)} rows: give numbers, or classes that repeat."
+                )
+            blocks.append(np.eye(len(kinds))[index])
+            names += [f"{name}={kind}" for kind in kinds.tolist()]
+        else:
+            if not np.isfinite(found).all():
+                row = int(np.argmin(np.isfinite(found))) + 1
+                raise RequestError(
+                    f"Target '{name}' of '{path}' is missing or not finite in row {row}: fill or "
+                    "drop it."
+                )
+            blocks.append(found[:, None])
+            names.append(name)
+    if len(inputs) < 2:
+        raise RequestError(f"'{path}' has too few rows ({len(inputs)}): give two or more.")
+    return Table(inputs, np.hstack(blocks), input_names, tuple(names))
+
+
+Columns = dict[str, "NDArray[Any] | list[str]"]
+
+
+def _read_npz(file: Path, targets: Sequence[str]) -> tuple[Array, tuple[str, ...], Columns]:
+    from pantarhei.data._read import guarded
+
+    if targets:
+        raise RequestError("--target names a column of a CSV; an .npz has its targets in y.")
+    with guarded(file), np.load(file, allow_pickle=False) as arrays:
+        if not {"X", "y"} <= set(arrays.files):
+            raise RequestError(f"'{file}' holds {sorted(arrays.files)}: it needs X and y.")
+        x, y = arrays["X"], arrays["y"]
+    y = y[:, None] if y.ndim == 1 else y
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise RequestError(
+            f"'{file}' has X of shape {x.shape} and y of shape {y.shape}: give (P, N1) and (P, N3)."
+        )
+    try:
+        x = x.astype(np.float64)
+    except ValueError:
+        raise RequestError(f"X of '{file}' is not made of numbers: encode it first.") from None
+    if not np.isfinite(x).all():
+        row, column = np.argwhere(~np.isfinite(x))[0] + 1
+        raise RequestError(
+            f"X of '{file}' is missing or not finite in row {row}, column {column}: fill or drop "
+            "it."
+        )
+    words = y.dtype.kind not in "biuf"
+    columns: Columns = {
+        f"y{k}" if y.shape[1] > 1 else "y": (
+            y[:, k].astype(str).tolist() if words else y[:, k].astype(np.float64)
+        )
+        for k in range(y.shape[1])
+    }
+    return x, tuple(f"x{i}" for i in range(x.shape[1])), columns
+
+
+def _read_csv(file: Path, targets: Sequence[str]) -> tuple[Array, tuple[str, ...], Columns]:
+    from pantarhei.data._read import guarded
+
+    with guarded(file), file.open(newline="", encoding="utf-8-sig") as handle:
+        rows = [row for row in csv.reader(handle) if row]
+    if len(rows) < 2 or len(rows[0]) < 2:
+        raise RequestError(f"'{file}' needs a header, an input and a target, and rows of them.")
+    header, rows = [name.strip() for name in rows[0]], rows[1:]
+    if len(set(header)) < len(header):
+        raise RequestError(f"'{file}' names a column twice: rename one.")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise RequestError(
+                f"Row {number} of '{file}' has {len(row)} fields and the header {len(header)}: "
+                "mend it."
+            )
+    chosen = list(targets) or header[-1:]
+    for name in chosen:
+        if name not in header:
+            raise RequestError(f"'{file}' has no column '{name}'.{nearest(name, header)}")
+    if len(set(chosen)) == len(header):
+        raise RequestError(f"Every column of '{file}' is a target: leave some as inputs.")
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    names = tuple(name for name in header if name not in chosen)
+    inputs = []
+    for name in names:
+        numbers = _numbers(columns[name])
+        bad = next((i for i, v in enumerate(columns[name]) if not _finite(v)), None)
+        if numbers is None or bad is not None:
+            raise RequestError(
+                f"Column '{name}' of '{file}' holds '{columns[name][bad or 0][:40]}' in row "
+                f"{(bad or 0) + 1}: give finite numbers, or leave the column or the row out."
+            )
+        inputs.append(numbers)
+    for name in chosen:
+        if any(not value.strip() for value in columns[name]):
+            number = next(i for i, value in enumerate(columns[name], 1) if not value.strip())
+            raise RequestError(
+                f"Target '{name}' of '{file}' is missing in row {number}: fill or drop it."
+            )
+    return np.stack(inputs, 1), names, {name: columns[name] for name in chosen}
+
+
+def _numbers(values: Sequence[str]) -> Array | None:
+    try:
+        return np.array([float(value) for value in values])
+    except ValueError:
+        return None
+
+
+def _finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job found: a summary for people and JSON, tables, and pictures."""
+
+    title: str
+    summary: Mapping[str, Any]
+    table: Sequence[Mapping[str, Any]]
+    curves: Mapping[str, Sequence[Mapping[str, Any]]]
+    figures: Mapping[str, Callable[[], Figure]]
+
+
+def learning_curve(
+    table: Table,
+    *,
+    hidden: Sequence[int],
+    start: str,
+    std: float,
+    u0: float,
+    lr: float,
+    loss: str,
+    steps: int | None,
+    draws: int,
+    validation: float,
+    raw: bool,
+    approximate: bool,
+    check: bool,
+    seed: int,
+) -> Outcome:
+    """Predict the training of a linear or deep linear network on a table, in steps of descent."""
+    if not 0 <= validation < 1:
+        raise RequestError(f"--validation is a share from 0 to below 1, not {validation}.")
+    if draws < 1 or (steps is not None and steps < 1) or std <= 0 or u0 <= 0:
+        raise RequestError("--draws and --steps are 1 or more, --std and --u0 above 0.")
+    data, held, note = _prepare(table, validation, raw or not hidden, seed)
+    n3, n1 = data.sigma31.shape
+    if hidden and raw and not (approximate or data.whitened or data.commuting):
+        raise RequestError(
+            "The inputs are not white, and a deep network mixes its modes: leave --raw away, or "
+            "add --approximate."
+        )
+    weights = _starts((n1, *hidden, n3), start, std, u0, draws, data, seed)
+    tau = data.tau(lr, loss)  # type: ignore[arg-type]
+    times = None if steps is None else np.unique(np.linspace(0, steps, 401).round())
+    predicted = predict(data, weights, times, tau=tau, approximate=approximate)
+    rows = _mode_rows(predicted, hidden, start)
+    largest = float(np.linalg.norm(data.least_squares, 2))
+    bound = float(
+        stability_bound(len(hidden) + 1, largest)
+        if hidden
+        else 2 / float(np.linalg.norm(data.sigma11, 2))
+    )
+    best = [float(x) for x in (predicted.stopping_time(), predicted.times[-1])]
+    summary: dict[str, Any] = {
+        "samples": data.samples,
+        "inputs": n1,
+        "outputs": n3,
+        "widths": [n1, *hidden, n3],
+        "prediction": predicted.kind,
+        "note": note,
+        "tau": tau,
+        "rate_over_stability_bound": (1 / tau) / bound,
+        "loss_at_start": float(np.median(predicted.loss()[0])),
+        "loss_floor": data.floor,
+        "steps_to_1_percent_of_the_learnable_loss": best[0],
+        "plateaus": predicted.plateaus(),
+        "order_learned": [int(k) + 1 for k in predicted.order if predicted.modes.s[k] > 0],
+    }
+    losses = {"training": np.median(predicted.loss(), 1)}
+    curve = [{**row} for row in predicted.rows()]
+    if held is not None:
+        losses["validation"] = np.median(predicted.loss_on(held), 1)
+        i = int(np.argmin(losses["validation"]))
+        summary["stop_at_step"] = float(predicted.times[i])
+        summary["validation_loss_there"] = float(losses["validation"][i])
+        summary["still_falling_at_the_end"] = i == len(predicted.times) - 1
+        for row, value in zip(curve, losses["validation"], strict=True):
+            row["validation"] = float(value)
+    simulated = None
+    if check:
+        simulated = _check(weights, data, tau, predicted, rows, summary)
+    curve = [{"step": row.pop("t"), **row} for row in curve]
+
+    def draw() -> Figure:
+        from pantarhei.learning.deep_linear.figures import mode_curves
+
+        title = f"A linear network of widths {', '.join(map(str, summary['widths']))}"
+        return mode_curves(predicted, simulated, title=title, unit="step", losses=losses)
+
+    return Outcome("Modes, in steps of descent", summary, rows, {"curves": curve}, {"curves": draw})
+
+
+def _prepare(
+    table: Table, validation: float, raw: bool, seed: int
+) -> tuple[Correlations, Correlations | None, str]:
+    """Split, centre and whiten: everything is estimated on the training rows alone."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(table.inputs))
+    held = round(validation * len(order))
+    if validation and not 1 <= held <= len(order) - 2:
+        raise RequestError(
+            f"{len(order)} rows are too few to hold back a share of {validation}: leave that away."
+        )
+    train, rest = np.sort(order[held:]), np.sort(order[:held])
+    centre, target = table.inputs[train].mean(0), table.targets[train].mean(0)
+    x, y = table.inputs - centre, table.targets - target
+    if not np.any(x[train]) or not np.any(y[train]):
+        raise RequestError(
+            "No input, or no target, varies over the rows: there is nothing to learn."
+        )
+    note = "inputs and targets centred"
+    if raw:
+        spread = x[train].std(0)
+        x = x[:, spread > 0] / spread[spread > 0]
+        note += ", inputs divided by their standard deviations"
+    else:
+        inputs = x
+        if len(train) - 1 <= np.linalg.matrix_rank(x[train]):
+            raise RequestError(
+                f"{len(train)} rows are too few to whiten {x.shape[1]} inputs: a linear map fits "
+                "them all exactly; give more rows or fewer inputs."
+            )
+        _, transform = whiten(inputs[train])
+        x = inputs @ transform
+        note += f", inputs whitened ({x.shape[1]} of {inputs.shape[1]} directions vary)"
+    data = Correlations.of(x[train], y[train])
+    return data, Correlations.of(x[rest], y[rest]) if held else None, note
+
+
+def _starts(
+    widths: Sequence[int],
+    start: str,
+    std: float,
+    u0: float,
+    draws: int,
+    data: Correlations,
+    seed: int,
+) -> list[torch.Tensor]:
+    import torch
+
+    from pantarhei.learning.deep_linear.sweeps import start_weights
+
+    if min(widths) < 1:
+        raise RequestError("A hidden layer has one unit or more.")
+    generator = torch.Generator().manual_seed(seed)
+    pairs = list(zip(widths[1:], widths, strict=False))
+    if start == "zero":
+        if len(widths) > 2:
+            raise RequestError("A deep network never leaves zero: start it from small weights.")
+        return [torch.zeros(1, *pairs[0], dtype=torch.float64)]
+    if start == "small":
+        return [
+            std * torch.randn(draws, *pair, dtype=torch.float64, generator=generator)
+            for pair in pairs
+        ]
+    drawn = [
+        start_weights(start, widths, data, generator, u0=u0)
+        for _ in range(1 if start == "decoupled" else draws)
+    ]
+    return [torch.stack(layers) for layers in zip(*drawn, strict=True)]
+
+
+def _mode_rows(predicted: Prediction, hidden: Sequence[int], start: str) -> list[dict[str, Any]]:
+    early, half, late = (predicted.time_to(share) for share in (0.1, 0.5, 0.9))
+    if half.shape[0] > 1:
+        low, high = (np.quantile(half, q, axis=0, method="nearest") for q in (0.1, 0.9))
+    else:
+        alone = time_to(predicted.times, predicted.u_alone, predicted.modes.target, 0.5)
+        low, high = np.minimum(half, alone)[0], np.maximum(half, alone)[0]
+    return [
+        {
+            "mode": int(k) + 1,
+            "s": float(predicted.modes.s[k]),
+            "target": float(predicted.modes.target[k]),
+            "t_10": float(np.median(early[:, k])),
+            "t_half": float(np.median(half[:, k])),
+            "t_half_low": float(low[k]),
+            "t_half_high": float(high[k]),
+            "t_90": float(np.median(late[:, k])),
+        }
+        for k in np.flatnonzero(predicted.modes.s)
+    ]
+
+
+def _check(
+    weights: Sequence[torch.Tensor],
+    data: Correlations,
+    tau: float,
+    predicted: Prediction,
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> tuple[Array, Array]:
+    """Descend step by step on the correlations, and set what happens beside what was predicted."""
+    steps = math.ceil(predicted.times[-1])
+    every = max(1, steps // 2000)
+    done = gradient_descent(weights, data, 1 / tau, steps, every=every, keep_products=True)
+    assert done.products is not None
+    u = predicted.modes.strengths(done.products)
+    u = u.reshape(len(done.times), -1, u.shape[-1])
+    half = time_to(done.times, u, predicted.modes.target, 0.5)
+    for row in rows:
+        row["t_half_simulated"] = float(np.median(half[:, row["mode"] - 1]))
+    loss = np.median(done.loss.reshape(len(done.times), -1), 1)
+    there = np.interp(predicted.times, done.times, loss)
+    gap = np.abs(np.median(predicted.loss(), 1) - there).max()
+    summary["largest_error_of_the_predicted_loss"] = float(gap / max(loss[0] - data.floor, 1e-300))
+    return done.times, np.median(u, 1)
+
+
+def depths(
+    table: Table | None,
+    *,
+    size: int,
+    low: float,
+    high: float,
+    depth: Sequence[int],
+    starts: Sequence[str],
+    rates: Sequence[float],
+    width: int | None,
+    seeds: int,
+    error: float,
+    max_steps: int,
+    seed: int,
+) -> Outcome:
+    """Measure learning time and best rate against depth, of data or of graded modes."""
+    import torch
+
+    from pantarhei.learning.deep_linear.sweeps import STARTS, depth_sweep, graded
+
+    if unknown := set(starts) - set(STARTS):
+        name = min(unknown)
+        raise RequestError(
+            f"'{name}' is not a start: choose {', '.join(STARTS)}.{nearest(name, STARTS)}"
+        )
+    if min(depth) < 1 or seeds < 1 or max_steps < 1 or not 0 < error < 1 or min(rates) <= 0:
+        raise RequestError(
+            "Depths, --seeds and --max-steps are 1 or more, rates positive, and --error between 0 "
+            "and 1."
+        )
+    if table is None:
+        data = graded(size, low, high, torch.Generator().manual_seed(seed))
+        what = f"{size} modes from {low:g} to {high:g}"
+    else:
+        data, _, _ = _prepare(table, 0.0, False, seed)
+        # Orthogonal layers start from singular values of 1: bring the task to that size.
+        scale = float(np.exp(-np.log(data.modes().s[data.modes().s > 0]).mean()))
+        data = Correlations(scale * data.sigma31, data.sigma11, scale**2 * data.power, data.samples)
+        what = "the table, whitened, targets scaled to modes of order 1"
+    rows = depth_sweep(
+        data, depth, starts, rates,
+        width=width, seeds=seeds, error=error, max_steps=max_steps, seed=seed,
+    )  # fmt: skip
+    table_rows = []
+    for start in starts:
+        for n in depth:
+            own = [row for row in rows if (row["start"], row["n"]) == (start, n)]
+            rate = [row["rate"] for row in own if not math.isnan(row["rate"])]
+            table_rows.append(
+                {
+                    "start": start,
+                    "n": n,
+                    "steps": float(np.median([row["steps"] for row in own])),
+                    "best_rate": float(np.exp(np.mean(np.log(rate)))) if rate else math.nan,
+                }
+            )
+
+    def draw() -> Figure:
+        from pantarhei.learning.deep_linear.figures import depth_curves
+
+        return depth_curves(rows, max_steps, error)
+
+    summary = {"task": what, "error": error, "max_steps": max_steps, "rates": list(rates)}
+    title = f"Steps to {error:.0%} of the learnable loss, at the best rate"
+    return Outcome(title, summary, table_rows, {"depth": rows}, {"depth": draw})
+
+
+def gains(
+    activation: str,
+    *,
+    gain: Sequence[float] | None,
+    starts: Sequence[str],
+    width: int,
+    depth: int,
+    seeds: int,
+    seed: int,
+) -> Outcome:
+    """Measure the Jacobian of deep networks against the gain, beside the critical gain.
+
+    Without gains: 0.9, 1, 1.05, 1.1 and 1.3 times the critical one.
+    """
+    from pantarhei.learning.deep_linear.sweeps import gain_sweep
+    from pantarhei.probes.mean_field import critical_gain
+
+    if unknown := set(starts) - {"orthogonal", "gaussian"}:
+        raise RequestError(f"'{min(unknown)}' is not a start here: choose orthogonal or gaussian.")
+    if seeds < 1 or min(gain or (1.0,)) <= 0:
+        raise RequestError("--seeds is 1 or more and every gain positive.")
+    summary: dict[str, Any] = {"activation": activation, "width": width, "depth": depth}
+    try:
+        critical = critical_gain(activation)
+        summary |= {"critical_gain": critical.gain, "variance_there": critical.variance}
+    except RequestError as error:
+        if gain is None:
+            raise
+        summary["critical_gain"] = f"none ({error})"
+    else:
+        gain = gain or [round(x * critical.gain, 4) for x in (0.9, 1.0, 1.05, 1.1, 1.3)]
+    rows = gain_sweep(activation, gain, starts, width=width, depth=depth, seeds=seeds, seed=seed)
+    keys = ("share", "median", "smallest", "largest", "variance")
+    table = []
+    for start in starts:
+        for g in gain:
+            own = [row for row in rows if (row["start"], row["gain"]) == (start, g)]
+            means = {key: float(np.median([row[key] for row in own])) for key in keys}
+            table.append({"start": start, "gain": g, **means})
+
+    def shares() -> Figure:
+        from pantarhei.learning.deep_linear.figures import gain_shares
+
+        return gain_shares(rows)
+
+    def spectra() -> Figure:
+        from pantarhei.learning.deep_linear.figures import gain_spectra
+
+        return gain_spectra(rows)
+
+    flat = [
+        {"start": r["start"], "gain": r["gain"], "seed": r["seed"], "singular_value": value}
+        for r in rows
+        for value in r["values"]
+    ]
+    return Outcome(
+        "Jacobian of the whole network: share of singular values in [0.1, 10], and their range",
+        summary,
+        table,
+        {"spectra": flat},
+        {"share": shares, "spectra": spectra},
+    )
+
+
+def check_out(out: str | None) -> None:
+    """Refuse, before any work, a folder that holds something."""
+    if out is None:
+        return
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"'{out}' is there already: name a new folder with --out.")
+
+
+def deliver(outcome: Outcome, out: str | None, json: bool) -> None:
+    """Print an outcome, and write its CSV, JSON and pictures where ``out`` says."""
+    from pantarhei import report
+
+    document = _plain({**outcome.summary, "table": list(outcome.table)})
+    if out is not None:
+        check_out(out)
+        folder = Path(out)
+        for name, rows in {"table": outcome.table, **outcome.curves}.items():
+            with atomic(folder / f"{name}.csv") as path, path.open("w", newline="") as handle:
+                writer = csv.DictWriter(handle, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        write_json(folder / "summary.json", document)
+        for name, draw in outcome.figures.items():
+            figure = draw()
+            for suffix in ("png", "svg"):
+                with atomic(folder / f"{name}.{suffix}") as path:
+                    figure.savefig(path, dpi=150, bbox_inches="tight")
+        document["files"] = sorted(str(path) for path in folder.iterdir())
+    if json:
+        report.emit_json(document)
+        return
+    columns = list(outcome.table[0])
+    shown = ([_shown(row[key]) for key in columns] for row in outcome.table)
+    report.emit(report.table(outcome.title, columns, shown))
+    for key, value in outcome.summary.items():
+        print(f"{key.replace('_', ' ')}: {_shown(value)}")
+    if out is not None:
+        print(f"Everything is in {out}.")
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON has it: what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "never" if value > 0 else "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(item) for item in value) if value else "none"
+    return str(value)
