@@ -120,8 +120,8 @@ def _train_widths(
         )
     run.metrics(f"{name}.csv", rows)
     labels = {"xlabel": "hidden units, both layers trained", "ylabel": "test error"}
-    columns = {key: [row[key] for row in rows] for key in ("final", "best", "train")}
-    run.figure(f"{name}-widths", figures.lines(widths, columns, log=("x", "y"), **labels))
+    columns = {key: [row[key] for row in rows] for key in ("final", "best")}
+    run.figure(f"{name}-widths", figures.lines(widths, columns, marker="o", **labels))
     return [row["final"] for row in rows]
 
 
@@ -162,9 +162,9 @@ def _tables() -> dict[str, tuple[Array, Array]]:
     diabetes, cancer, digits = load_diabetes(), load_breast_cancer(), load_digits()
     products = PolynomialFeatures(2, include_bias=False).fit_transform(diabetes.data)
     raw = {
-        "diabetes, products of inputs": (products, diabetes.target),
+        "diabetes (products of inputs)": (products, diabetes.target),
         "breast cancer": (cancer.data, cancer.target),
-        "digits, above 4": (digits.data, digits.target > 4),
+        "digits (above 4)": (digits.data, digits.target > 4),
     }
     return {
         name: (np.asarray(x, dtype=np.float64), (y - y.mean()) / y.std())
@@ -203,7 +203,7 @@ def _split(x: Array, y: Array, alpha: float, seed: list[int]) -> dict[str, float
     ridge = Ridge(min(stop.penalty, 1e12)).fit(z[train], y[train])
     found = {
         "predicted stop": error(stop.predict),
-        "validation, a quarter held out": error(
+        "validation (a quarter held out)": error(
             lambda inputs: (inputs - center) @ chosen + y[fitted].mean()
         ),
         "ridge, 1/SNR": error(ridge.predict),

@@ -264,7 +264,7 @@ def curves(run: Run) -> dict[float, float]:
         low, high = (alpha**0.5 - 1) ** 2, (alpha**0.5 + 1) ** 2
         grid = np.linspace(max(low, 5e-3), high, 400)
         laws[f"P/N = {alpha:g}"] = (grid, marchenko_pastur_density(grid, alpha) / min(alpha, 1.0))
-    run.figure("spectra-inputs", figures.spectra(found, laws, quantile=1.0))
+    run.figure("spectra-inputs", figures.spectra(found, laws))
     return worst
 
 
@@ -369,7 +369,7 @@ def sweep(run: Run) -> WidthSweep:
     distance = np.abs(np.array(found.widths)[:, None] - s.examples * np.array([0.5, 1, 2]))
     shown = sorted({found.widths[i] for i in distance.argmin(0)})
     panels = {f"{w} features, P = {s.examples}": _of_gram(found, w) for w in shown}
-    run.figure("spectra-features", figures.spectra(panels))
+    run.figure("spectra-features", figures.spectra(panels, log=True))
     return found
 
 

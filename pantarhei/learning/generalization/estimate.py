@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pantarhei.errors import RequestError
-from pantarhei.learning.generalization.flow import flow, pair
+from pantarhei.learning.generalization.flow import pair
 from pantarhei.learning.generalization.spectrum import (
     Array,
     FixedInputs,
@@ -67,20 +67,24 @@ def signal_to_noise(inputs: ArrayLike, targets: ArrayLike, intercept: bool = Tru
     (True, True)
     """
     x, y, scale, _, _ = _prepared(inputs, targets, intercept)
-    return _likeliest(x / scale, y.reshape(len(y), -1), len(x) - intercept)
+    law = FixedInputs(x / scale)
+    return _likeliest(law, _projected(law, x / scale, y), y, len(x) - intercept)
 
 
-def _likeliest(x: Array, y: Array, freedom: int) -> SignalNoise:
+def _projected(law: FixedInputs, x: Array, y: Array) -> Array:
+    """Return the targets along the left singular vectors of ``x``: (K, q)."""
+    drive = law.basis.T @ (x.T @ y.reshape(len(y), -1))
+    return np.asarray(drive / np.sqrt(law.eigenvalues)[:, None])
+
+
+def _likeliest(law: FixedInputs, along: Array, y: Array, freedom: int) -> SignalNoise:
     from scipy.optimize import minimize_scalar
 
-    left, singular, _ = np.linalg.svd(x, full_matrices=False)
-    rate = singular**2
-    seen = ((left.T @ y) ** 2).mean(1)
-    if freedom < len(rate):  # centred, so that one mode is empty
-        rate, seen = rate[:freedom], seen[:freedom]
-    unseen = max(0.0, float((y**2).mean(1).sum() - seen.sum()))
-    if unseen + seen.sum() == 0:
+    rate, seen = law.eigenvalues[:freedom], (along[:freedom] ** 2).mean(1)
+    total = float((y.reshape(len(y), -1) ** 2).mean(1).sum())
+    if total == 0:
         raise RequestError("targets do not vary: there is nothing to predict.")
+    unseen = max(0.0, total - float(seen.sum()))
 
     def noise(log_snr: Array | float) -> Array:
         snr = np.exp(np.asarray(log_snr))[..., None]
@@ -93,10 +97,9 @@ def _likeliest(x: Array, y: Array, freedom: int) -> SignalNoise:
     grid = np.linspace(-14, 14, 225)
     best = int(surprise(grid).argmin())
     if best == 0:
-        return SignalNoise(0.0, float((seen.sum() + unseen) / freedom))
+        return SignalNoise(0.0, total / freedom)
     if best == len(grid) - 1:
-        moving = rate > 0
-        return SignalNoise(float((seen[moving] / rate[moving]).mean()), 0.0)
+        return SignalNoise(float((seen / rate).mean()), 0.0)
     refined = minimize_scalar(
         surprise, bounds=(grid[best - 1], grid[best + 1]), method="bounded", options={"xatol": 1e-9}
     )
@@ -295,18 +298,18 @@ def stopping_time(
     (200,)
     """
     x, y, scale, center, offset = _prepared(inputs, targets, intercept)
-    columns = y.reshape(len(y), -1)
-    found = _likeliest(x / scale, columns, len(x) - intercept)
-    if snr is not None:
-        total = float((columns**2).mean())
-        ratio = float(_positive("snr", snr))
-        found = SignalNoise(total * ratio / (1 + ratio), total / (1 + ratio))
     law = FixedInputs(x / scale, _covariance(covariance, x, scale))
+    along = _projected(law, x / scale, y)
+    if snr is None:
+        found = _likeliest(law, along, y, len(x) - intercept)
+    else:
+        ratio, total = float(_positive("snr", snr)), float((y**2).mean())
+        found = SignalNoise(total * ratio / (1 + ratio), total / (1 + ratio))
     time = float(optimal_time(law, found.snr, inr)) if found.signal else 0.0
     raw_time = time / scale**2
     steps = None
     if lr is not None:
-        outputs = columns.shape[1]
+        outputs = along.shape[1]
         rate = float(_per_step(lr, len(x), loss, outputs, batch_size, False))
         largest = float(law.eigenvalues.max()) * scale**2
         stable = 2 / (rate * largest) * lr
@@ -315,7 +318,8 @@ def stopping_time(
                 f"lr={lr:g} diverges on these inputs: choose one below {stable:.3g}."
             )
         steps = raw_time / rate
-    coef = flow(x, y, [raw_time])[0]
+    learnt = -np.expm1(-law.eigenvalues * time) / np.sqrt(law.eigenvalues)
+    coef = (law.basis @ (learnt[:, None] * along) / scale).reshape(-1, *y.shape[1:])
     return Stopping(
         time=time,
         raw_time=raw_time,

@@ -64,24 +64,24 @@ def overtraining(sweep: WidthSweep, title: str = "") -> Figure:
 def spectra(
     panels: Mapping[str, ArrayLike],
     laws: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
-    quantile: float = 0.985,
+    log: bool = False,
 ) -> Figure:
     """Draw histograms of eigenvalues, and laws: (eigenvalues, density) of the continuous part.
 
-    Eigenvalues above the ``quantile`` (outliers) are left out of the picture.
+    ``log`` takes bins and densities by the eigenvalue's logarithm: a bulk and its outliers.
     """
     figure, axes = _panels(len(panels))
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
         found = np.asarray(values, dtype=np.float64).reshape(-1)
         moving = found[found > found.max() * 1e-12]
-        edge = 1.1 * float(np.quantile(moving, quantile))
-        axis.hist(moving[moving < edge], bins=60, density=True, color="C0", alpha=0.6)
+        shown = np.log10(moving) if log else moving
+        axis.hist(shown, bins=60, density=True, color="C0", alpha=0.6)
         if laws and name in laws:
             axis.plot(*laws[name], "k", lw=1.2, label="Marchenko-Pastur")
             axis.legend(fontsize=8)
         zero = 1 - len(moving) / len(found)
         axis.set_title(f"{name}\nat zero: {zero:.0%}, smallest other: {moving.min():.2g}", size=9)
-        axis.set(xlabel="eigenvalue", ylim=(0, None))
+        axis.set(xlabel="log10 of the eigenvalue" if log else "eigenvalue", ylim=(0, None))
     axes[0].set_ylabel("density of those above zero")
     return figure
 
@@ -100,12 +100,17 @@ def bounds(sweep: WidthSweep, title: str = "") -> Figure:
 
 
 def lines(
-    x: ArrayLike, curves: Mapping[str, ArrayLike], *, log: Sequence[str] = ("x",), **labels: Any
+    x: ArrayLike,
+    curves: Mapping[str, ArrayLike],
+    *,
+    log: Sequence[str] = ("x",),
+    marker: str = "",
+    **labels: Any,
 ) -> Figure:
     """Draw curves over a common axis."""
     figure, (axis,) = _panels(1)
     for name, values in curves.items():
-        axis.plot(x, np.asarray(values), label=name)
+        axis.plot(x, np.asarray(values), label=name, marker=marker, ms=3)
     axis.set(**{f"{name}scale": "log" for name in log}, **labels)
     axis.legend(fontsize=8)
     return figure

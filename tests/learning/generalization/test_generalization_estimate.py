@@ -105,8 +105,6 @@ def test_signal_and_noise_from_error_curves(alpha):
 )
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_time_is_what_torch_has_done(loss, make, outputs):
-    if outputs > 1 and loss == "half_mean":
-        pytest.skip("the mean over examples and outputs is 'mean'")
     x, y = data(20, 6, 5.0, outputs=outputs)
     w = torch.zeros(6, outputs, dtype=torch.float64, requires_grad=True)
     steps = 400
