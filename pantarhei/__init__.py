@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from pantarhei import compute as compute
     from pantarhei import cost as cost
     from pantarhei import data as data
+    from pantarhei import learning as learning
     from pantarhei import papers as papers
+    from pantarhei import probes as probes
     from pantarhei import runs as runs
     from pantarhei.claims import Claim as Claim
     from pantarhei.claims import ClaimSpec as ClaimSpec
@@ -34,7 +36,19 @@ if TYPE_CHECKING:
     from pantarhei.errors import RequestError as RequestError
     from pantarhei.fit import fit as fit
 
-_MODULES = ("claims", "compute", "cost", "data", "elastic", "errors", "fit", "papers", "runs")
+_MODULES = (
+    "claims",
+    "compute",
+    "cost",
+    "data",
+    "elastic",
+    "errors",
+    "fit",
+    "learning",
+    "papers",
+    "probes",
+    "runs",
+)
 _NAMES = {
     "Claim": "claims",
     "ClaimSpec": "claims",

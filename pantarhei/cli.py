@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from pantarhei.errors import RequestError, nearest
+from pantarhei.learning.commands import generalization
 
 app = typer.Typer(
     name="pantarhei",
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(generalization.app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _FAULT = 70
