@@ -284,7 +284,7 @@ def sweep(
     r"""Measure V/(n G^2) of critical random networks over width and depth, theory beside it.
 
     One chain of layers gives every depth up to ``depth``, so that the cost is that of the deepest.
-    Each row holds ``width``, ``layer``, ``ratio`` ((l - 1)/n), ``G``, ``V`` and their errors
+    Each row holds ``width``, ``layer``, ``ratio`` ((l - 1)/n), theory's ``K``, ``G``, ``V``, errors
     ``G_error``, ``V_error``, ``measured`` (V/(n G^2)) with ``error``, ``theory`` (the recursion's
     V/(n K^2)) and ``resummed``: the exact (1 + nu/n)^(l-1) - 1 of the scale-invariant class, which
     is e^{nu l/n} - 1 for wide networks; elsewhere equal to ``theory``.
@@ -313,6 +313,7 @@ def sweep(
                     "width": width,
                     "layer": l + 1,
                     "ratio": l / width,
+                    "K": float(theory.K[l]),
                     "G": float(G[l]),
                     "G_error": float(found.errors["G"][l]),
                     "V": float(V[l]),
