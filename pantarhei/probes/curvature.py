@@ -321,7 +321,7 @@ class Preconditioned(Operator):
                     f"{name} has shape {tuple(given.shape)}: give one number for each of the "
                     f"{operator.size} weights."
                 )
-        scale = scale * torch.as_tensor(rates).to(scale)
+        scale = scale * torch.as_tensor(rates, dtype=scale.dtype, device=scale.device)
         if by is not None:
             scale = scale / by.to(scale)
         if not (scale.isfinite().all() and (scale >= 0).all()):
@@ -386,10 +386,9 @@ def learning_rates(objective: Objective, optimizer: Optimizer) -> Tensor:
     """
 
     def rate(parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        step = float(optimizer.state.get(parameter, {}).get("step", 1)) - 1
-        return torch.full_like(
-            parameter, float(group["lr"]) / (1 + max(0.0, step) * group.get("lr_decay", 0.0))
-        )
+        past = max(0.0, float(optimizer.state.get(parameter, {}).get("step", 1)) - 1)
+        now = float(group["lr"]) / (1 + past * group.get("lr_decay", 0.0))  # Adagrad's decay
+        return torch.full_like(parameter, now, dtype=objective.dtype)
 
     return _laid_out(objective, optimizer, rate)
 
