@@ -372,18 +372,19 @@ def compare_depths(rows: list[dict[str, Any]], max_steps: int) -> dict[str, floa
     """
     import numpy as np
 
-    def median(start: str, n: int, key: str) -> float:
-        return float(np.median([r[key] for r in rows if (r["start"], r["n"]) == (start, n)]))
+    def median(start: str, n: int) -> float:
+        steps = [r["steps"] for r in rows if (r["start"], r["n"]) == (start, n)]
+        return float(np.median(steps)) if steps else math.nan
 
     depths = sorted({row["n"] for row in rows})
     rates = [
         np.mean([math.log(r["rate"]) for r in rows if r["start"] == "orthogonal" and r["n"] == n])
         for n in depths
     ]
-    orthogonal = {n: median("orthogonal", n, "steps") for n in depths}
+    orthogonal = {n: median("orthogonal", n) for n in depths}
     return {
         "saturates": orthogonal.get(40, math.nan) / orthogonal.get(5, math.nan),
-        "slower": min(median("gaussian", 20, "steps"), max_steps) / orthogonal.get(20, math.nan),
+        "slower": min(median("gaussian", 20), max_steps) / orthogonal.get(20, math.nan),
         "slope": float(np.polyfit(np.log(depths), rates, 1)[0]),
     }
 
