@@ -282,7 +282,7 @@ class InfiniteWidth:
             test: Inputs (M, n_0).
             eta: Rate for the loss :math:`\tfrac12\sum(z-y)^2`; for a mean over N examples and
                 outputs give eta over their number. Above :meth:`largest_rate` it diverges.
-            steps: Numbers of steps t, (S,); infinity is the end of training.
+            steps: Numbers of steps t, (S,), whole; infinity is the end of training.
             start, test_start: Outputs of your own network before training, (N, n_L) and (M, n_L);
                 unless given, the mean over networks, 0.
 
@@ -297,14 +297,15 @@ class InfiniteWidth:
         t0 = y.new_zeros(len(test), y.shape[1])
         t0 = t0 if test_start is None else _matrix("test_start", test_start)
         t = torch.atleast_1d(torch.as_tensor(steps, dtype=torch.float64))
+        if bool(((t < 0) | (t.isfinite() & (t != t.round()))).any()) or bool(t.isnan().any()):
+            raise RequestError("steps are whole numbers, 0 or more, or infinity.")
         values, basis = torch.linalg.eigh(self.kernels(x)[1])
         if eta * float(values[-1]) >= 2:
             raise RequestError(
                 f"eta={eta} is too large: it diverges from {2 / float(values[-1]):.4g} on."
             )
-        # 1 - (1 - eta v)^t, exact for small eta v, over v; its limit eta t where v is 0.
-        left = -torch.expm1(t[:, None] * torch.log1p(-eta * values.clamp(min=0).double() + 0j)).real
         kept = values > 1e-13 * values[-1]
+        left = _descended(eta * torch.where(kept, values, 0.0), t[:, None])
         moved = basis.T @ (z0 - y)
         train = z0 - basis @ (left[:, :, None] * moved)
         share = torch.where(kept, left / values.clamp(min=1e-300), 0.0)
@@ -323,7 +324,7 @@ class InfiniteWidth:
             raise RequestError(f"x has {len(x)} rows and y {len(y)}: give a target for each input.")
         K = self.kernels(x)[0]
         root, failed = torch.linalg.cholesky_ex(K + noise * torch.eye(len(K), dtype=K.dtype))
-        if int(failed):
+        if int(failed) or float(root.diag().min()) ** 2 < 1e-13 * float(K.diag().max()):
             raise RequestError(
                 "The kernel of the training inputs is singular (repeated rows?): give noise > 0."
             )
@@ -342,6 +343,14 @@ class InfiniteWidth:
     def largest_rate(self, x: Tensor) -> float:
         r"""Return :math:`2/\lambda_{max}(\Theta)` on ``x``, from which on descent diverges."""
         return 2 / float(torch.linalg.eigvalsh(self.kernels(x)[1])[-1])
+
+
+def _descended(rate: Tensor, t: Tensor) -> Tensor:
+    """Return 1 - (1 - rate)^t, to full precision for small rates, and its limit at t = infinity."""
+    small = -torch.expm1(t * torch.log1p(-rate.clamp(max=0.5)))
+    sign = torch.where((rate > 1) & (t % 2 == 1), -1.0, 1.0)
+    large = 1 - sign * (1 - rate).abs() ** t
+    return torch.where(rate > 0.5, large, torch.where(rate > 0, small, 0.0))
 
 
 def _critical(act: Activation, gamma: float) -> CriticalPoint:
