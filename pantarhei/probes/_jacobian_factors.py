@@ -15,7 +15,7 @@ it is cheaper again; each layer takes the cheaper way by its count of multiplica
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,11 +51,11 @@ class Dense:
     def dot(self, other: Dense, kind: str) -> Tensor:
         """Return the products of all rows of one with those of the other."""
         x, y = self.rows, other.rows
-        if kind == FULL:
-            return (x.flatten(0, 1) @ y.flatten(0, 1).T).view(*x.shape[:2], *y.shape[:2])
         if kind == DIAGONAL:
             return x.transpose(0, 1) @ y.permute(1, 2, 0)
-        return x.flatten(1) @ y.flatten(1).T
+        if kind == TRACE:
+            return _gram(x.flatten(1), y.flatten(1))
+        return _gram(x.flatten(0, 1), y.flatten(0, 1)).view(*x.shape[:2], *y.shape[:2])
 
 
 @dataclass
@@ -83,7 +83,8 @@ class Outer:
         # 16: what goes through memory element by element is that much slower than multiplying
         summed = 0 if p == q == 1 else 16
         if formed < n * m * p * q * matching + pairs * p * q * (i + summed):
-            return self.dense().dot(other.dense(), kind)
+            mine = self.dense()
+            return mine.dot(mine if other is self else other.dense(), kind)
         h = self._match(other)
         if p == q == 1:
             return Dense(self.d[:, :, 0]).dot(Dense(other.d[:, :, 0]), kind) * (
@@ -134,6 +135,18 @@ class Chosen(Outer):
 
 
 Factor = Dense | Outer
+
+
+def _gram(x: Tensor, y: Tensor, panels: int = 8) -> Tensor:
+    """Return x y^T; where y is x, little more than half of it is multiplied."""
+    if x.data_ptr() != y.data_ptr() or x.shape != y.shape or len(x) < 64 * panels:
+        return x @ y.T
+    product = x.new_empty(len(x), len(x))
+    step = -(-len(x) // panels)
+    for i in range(0, len(x), step):
+        torch.mm(x[i : i + step], x[: i + step].T, out=product[i : i + step, : i + step])
+        product[:i, i : i + step] = product[i : i + step, :i].T
+    return product
 
 
 def _positions_first(d: Tensor) -> Tensor:
@@ -197,10 +210,7 @@ class Backprop:
         if not with_gradient:
             return {}
         cotangents = self.pulled[:, None].expand(-1, n, -1)
-        if len(cotangents) == 1:
-            found = tuple(g[None] for g in differentiate(output, with_gradient, cotangents[0]))
-        else:
-            found = differentiate(output, with_gradient, cotangents, batched=True)
+        found = _each(output, with_gradient, cotangents)
         gradients = dict(zip(map(id, with_gradient), found, strict=True))
         factors: dict[str, Factor] = {}
         with torch.no_grad():
@@ -261,13 +271,13 @@ class Backprop:
         outer = Outer(d, h) if h.dim() == 3 else _chosen(call.module, d, h)
         factors: dict[str, Factor] = {}
         for role, name in call.names.items():
-            root = _root(self.rates[name], d)
+            rate = self.rates[name]
             if role == "bias":
-                factors[name] = Dense(d.sum(2) * root)
-            elif root.dim():
-                factors[name] = Dense(outer.dense().rows * root.flatten())
+                factors[name] = Dense(weigh(d.sum(2), rate))
+            elif isinstance(rate, Tensor):
+                factors[name] = Dense(weigh(outer.dense().rows, rate.flatten()))
             else:
-                factors[name] = replace(outer, d=outer.d * root)
+                factors[name] = replace(outer, d=weigh(outer.d, rate))
         return factors
 
     def _by_module(
@@ -296,9 +306,18 @@ class Backprop:
             for role, rows in torch.func.vmap(one)(x, d).items():
                 total[role] = total[role] + rows if role in total else rows
         return {
-            name: Dense((total[role] * _root(self.rates[name], total[role])).flatten(2))
+            name: Dense(weigh(total[role], self.rates[name]).flatten(2))
             for role, name in call.names.items()
         }
+
+
+def _each(output: Tensor, by: list[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:
+    """Return the derivatives by these tensors for each cotangent, (c, *shape)."""
+    if len(cotangents) > 1:
+        with suppress(RuntimeError, NotImplementedError):  # what cannot be vectorised
+            return differentiate(output, by, cotangents, keep=True, batched=True)
+    each = [differentiate(output, by, cotangent, keep=True) for cotangent in cotangents]
+    return tuple(torch.stack(of_one) for of_one in zip(*each, strict=True))
 
 
 @contextmanager
@@ -311,8 +330,11 @@ def _hooked(calls: Mapping[nn.Module, Any], hook: Callable[..., Any]) -> Iterato
             handle.remove()
 
 
-def _root(rate: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(rate).to(like).sqrt()
+def weigh(rows: Tensor, rate: float | Tensor) -> Tensor:
+    """Return rows (n, c, ...) of a weight's Jacobian times the root of its rates."""
+    if isinstance(rate, Tensor):
+        return rows * rate.sqrt()
+    return rows if rate == 1.0 else rows * rate**0.5
 
 
 def _tied(model: nn.Module) -> set[str]:

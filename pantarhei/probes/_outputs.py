@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,16 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from pantarhei.errors import RequestError
-from pantarhei.probes._objective import Objective, Weights, bare
+from pantarhei.probes._objective import Loss, Objective, Weights, _StandIn, bare
 
 Read = Callable[[Any], Tensor]  # from what the model returns to the outputs to use, (n, ...)
+
+
+class Call(NamedTuple):
+    """What a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Outputs:
@@ -65,8 +72,20 @@ class Outputs:
         self.args, self.kwargs = self.objective.batches[0]
         self.n = _rows(self.args, self.kwargs)
         self._read = read or _default_read
-        with torch.no_grad():
-            self.o = self(self.objective.params, slice(0, 1)).shape[1]
+        self.o = self._try().shape[1]
+
+    def _try(self) -> Tensor:
+        try:
+            with torch.no_grad():
+                return self(self.objective.params, slice(0, 1))
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
+            raise RequestError(
+                f"the model does not take these inputs ({reason}): give what it is called with, a "
+                "tensor, a tuple of arguments or a dict of keyword arguments."
+            ) from error
 
     def __call__(self, weights: Weights, rows: slice | None = None) -> Tensor:
         """Return the outputs on a slice of the inputs, (rows, o)."""
@@ -95,13 +114,7 @@ class Outputs:
         """Return the outputs on these arguments, (rows, o)."""
         objective = self.objective
         with objective._measuring():
-            try:
-                result = functional_call(self.model, objective._tensors(weights), args, kwargs)
-            except TypeError as error:
-                raise RequestError(
-                    f"the model does not take these inputs ({error}): give what it is called with, "
-                    "a tensor, a tuple of arguments or a dict of keyword arguments."
-                ) from error
+            result = functional_call(self.model, objective._tensors(weights), args, kwargs)
         value = self._read(result)
         rows = _rows(args, kwargs)
         if not isinstance(value, Tensor) or value.shape[:1] != (rows,):
@@ -138,12 +151,43 @@ def _no_loss(model: Any, batch: Any) -> Tensor:
     raise AssertionError("outputs have no loss")
 
 
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def calls(model: nn.Module, loss: Loss, *batches: Any) -> Call:
+    """Return what the loss calls the model with, once for each batch, joined along the rows.
+
+    Raises :class:`RequestError` for a loss that does not call the model exactly once.
+    """
+    objective = Objective(model, loss, *batches)
+    found: list[Call] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        found.append(Call(args, kwargs))
+        return functional_call(objective.model, objective._tensors(objective.params), args, kwargs)
+
+    for number, batch in enumerate(objective.batches, 1):
+        with torch.no_grad(), objective._measuring():
+            loss(_StandIn(objective.model, run), batch)
+        if len(found) != number:
+            raise RequestError(
+                "the loss does not call the model once, and what to measure on cannot be told from "
+                "it: give inputs=."
+            )
+    if len(found) == 1:
+        return found[0]
+    parts, structures = zip(*map(pytree.tree_flatten, found), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        raise RequestError("the batches call the model in different ways: measure on one of them.")
+    joined = [
+        torch.cat(ts) if isinstance(ts[0], Tensor) else ts[0] for ts in zip(*parts, strict=True)
+    ]
+    return cast(Call, pytree.tree_unflatten(joined, structures[0]))
+
+
+def _as_call(inputs: Any) -> Call:
+    if isinstance(inputs, Call):
+        return inputs
     if isinstance(inputs, Mapping):  # a tokenizer's BatchEncoding too
-        return (), dict(inputs)
-    if type(inputs) in (tuple, list):
-        return tuple(inputs), {}
-    return (inputs,), {}
+        return Call((), dict(inputs))
+    return Call(tuple(inputs) if type(inputs) in (tuple, list) else (inputs,), {})
 
 
 def _first_floating(call: Any) -> Tensor:

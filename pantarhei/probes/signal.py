@@ -362,8 +362,8 @@ def layer_moments(
 ) -> list[LayerMoments]:
     """Return the second moments of every layer's output and gradient, in the order of the calls.
 
-    One forward and one backward pass for each batch; several batches are averaged. A layer that is
-    called several times has a row for each call.
+    One forward and one backward pass for each batch; several batches are averaged. A layer that
+    is called several times has a row for each call, ``name``, ``name#2`` and so on.
 
     Args:
         model, loss, batches, dtype: As for :class:`pantarhei.probes.Objective`.
@@ -397,12 +397,15 @@ def layer_moments(
 
 def _moments(objective: Objective, batch: Any, layers: Layers) -> list[tuple[str, str, Tensor]]:
     rows: list[tuple[str, str, Tensor]] = []
+    heard: list[nn.Module] = []
 
     def hear(name: str, module: nn.Module, output: Tensor) -> None:
         h = output.detach()
         moments = (h.mean(), h.square().mean(), h.mean() * math.nan, (h == 0).to(h).mean())
         row = torch.stack(moments)
-        rows.append((name, type(module).__name__, row))
+        again = sum(module is before for before in heard)
+        heard.append(module)
+        rows.append((f"{name}#{again + 1}" if again else name, type(module).__name__, row))
 
         def back(gradient: Tensor) -> None:
             row[2] = gradient.detach().square().mean()
@@ -560,6 +563,12 @@ def listening(
 
 def _leaf(name: str, module: nn.Module) -> bool:
     return next(module.children(), None) is None
+
+
+def weighted_or_active(name: str, module: nn.Module) -> bool:
+    """Return whether a module without modules inside has weights or is an activation."""
+    own = next(module.parameters(recurse=False), None) is not None
+    return _leaf(name, module) and (own or type(module).__module__ == nn.ReLU.__module__)
 
 
 def _affine(name: str, module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pantarhei.errors import RequestError, nearest
-from pantarhei.probes._jacobian_factors import DIAGONAL, FULL, TRACE, Backprop, Dense, Factor
+from pantarhei.probes._jacobian_factors import DIAGONAL, FULL, TRACE, Backprop, Dense, Factor, weigh
 from pantarhei.probes._objective import differentiate
 from pantarhei.probes._outputs import Outputs, Read
 from pantarhei.probes.curvature import Operator, learning_rates
@@ -187,7 +187,7 @@ class _Rows:
         held = self._check() if self.backprop.served else 0
         rest = self.rates.keys() - self.backprop.served
         contracted = sum(outputs.objective.params[name].numel() for name in rest)
-        self.bytes = (held + 3 * len(pulled) * contracted) * pulled.element_size()  # of one input
+        self.bytes = (held + 2 * len(pulled) * contracted) * pulled.element_size()  # of one input
 
     def _check(self) -> int:
         """Keep of the layers what agrees with plain autograd on the first input, taken alone.
@@ -250,7 +250,7 @@ class _Rows:
         except (RuntimeError, NotImplementedError):  # what cannot be vectorised
             jacobians = self._loop(names, rows)
         return {
-            name: Dense((j.detach() * _root(self.rates[name], j)).flatten(2))
+            name: Dense(weigh(j.detach(), self.rates[name]).flatten(2))
             for name, j in jacobians.items()
         }
 
@@ -269,29 +269,37 @@ class _Rows:
         }
 
 
-def _root(rate: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(rate).to(like).sqrt()
-
-
 def _blockwise(sides: list[_Rows], pairs: str, memory: int) -> Tensor:
-    """Return the kernel from blocks of rows whose factors fit the memory, two blocks at a time."""
+    """Return the kernel from blocks of rows whose factors fit the memory.
+
+    A large block of rows is held while small ones of columns pass by.
+    """
     left, right = sides[0], sides[-1]
-    size = max(1, memory // (2 * max(side.bytes for side in sides) + 1))
     n, m, c = left.n, right.n, len(left.pulled)
+    room = memory // (max(side.bytes for side in sides) + 1)
+    all_fit = room >= (n if left is right else n + m)
+    tall, narrow = (n, m) if all_fit else (max(1, 3 * room // 4), max(1, room // 4))
     shape = {FULL: (n, c, m, c), DIAGONAL: (c, n, m), TRACE: (n, m)}[pairs]
     kernel = left.pulled.new_zeros(shape)
-    for i in range(0, n, size):
-        rows = slice(i, min(i + size, n))
+
+    def place(rows: slice, columns: slice, block: Tensor | None) -> None:
+        if block is None:  # no weight that counts reaches these outputs
+            return
+        kernel[(rows, slice(None), columns) if pairs == FULL else (..., rows, columns)] = block
+        if left is right and rows != columns:
+            place_mirrored = block.permute(2, 3, 0, 1) if pairs == FULL else block.mT
+            kernel[(columns, slice(None), rows) if pairs == FULL else (..., columns, rows)] = (
+                place_mirrored
+            )
+
+    for i in range(0, n, tall):
+        rows = slice(i, min(i + tall, n))
         factors = left.factors(rows)
-        for j in range(i if left is right else 0, m, size):
-            columns = slice(j, min(j + size, m))
-            other = factors if left is right and j == i else right.factors(columns)
-            block = _dot(factors, other, pairs)
-            if block is None:  # no weight that counts reaches these outputs
-                continue
-            _place(kernel, rows, columns, block, pairs)
-            if left is right and j != i:
-                _place(kernel, columns, rows, _transposed(block, pairs), pairs)
+        if left is right:
+            place(rows, rows, _dot(factors, factors, pairs))
+        for j in range(rows.stop if left is right else 0, m, narrow):
+            columns = slice(j, min(j + narrow, m))
+            place(rows, columns, _dot(factors, right.factors(columns), pairs))
     return _finished(kernel, pairs, c)
 
 
@@ -305,17 +313,6 @@ def _dot(one: dict[str, Factor], other: dict[str, Factor], pairs: str) -> Tensor
             product = x.dot(y, pairs)
         total = product if total is None else total.add_(product)
     return total
-
-
-def _place(kernel: Tensor, rows: slice, columns: slice, block: Tensor, pairs: str) -> None:
-    if pairs == FULL:
-        kernel[rows, :, columns] = block
-    else:
-        kernel[..., rows, columns] = block
-
-
-def _transposed(block: Tensor, pairs: str) -> Tensor:
-    return block.permute(2, 3, 0, 1) if pairs == FULL else block.mT
 
 
 def _finished(kernel: Tensor, pairs: str, c: int) -> Tensor:
