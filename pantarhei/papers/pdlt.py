@@ -120,7 +120,7 @@ CLAIMS = (
     ),
 )
 
-# At cpu, on one thread: vertices 2 minutes, sweeps 3, criticality 6, kernels 1.
+# At cpu, on one thread: vertices 1 minute, sweeps 2, criticality 6, kernels 1.
 SETTINGS: dict[str, dict[str, Any]] = {
     "quick": {
         "networks": 1500,  # with their tangent kernel
