@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from pantarhei.errors import RequestError, nearest
-from pantarhei.learning.commands import generalization
+from pantarhei.learning.commands import deep_linear, generalization
 
 app = typer.Typer(
     name="pantarhei",
@@ -26,7 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(generalization.app)
+for group in (deep_linear, generalization):
+    app.add_typer(group.app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _FAULT = 70
