@@ -14,7 +14,7 @@ from pantarhei.learning.generalization.random_features import WidthSweep
 from pantarhei.papers import _generalization_dynamics_parts as parts
 from pantarhei.papers import generalization_dynamics as recipe
 from pantarhei.papers import load_recipe
-from pantarhei.runs import execute, start
+from pantarhei.runs import Run, execute, start
 
 TINY = {
     "inputs": 40,
@@ -79,6 +79,7 @@ def test_simulations_are_compared_with_theory_fairly(tmp_path, monkeypatch):
         return *(1.02 * e[None, :, None] for e in both), np.ones((1, 40))
 
     monkeypatch.setattr(recipe, "simulate", simulated)
+    monkeypatch.setattr(Run, "figure", lambda run, name, figure: None)
     with tiny(tmp_path / "run") as run:
         worst = recipe.curves(run)
     assert worst == pytest.approx({0.5: 0.02, 1.0: 0.02, 2.0: 0.02})

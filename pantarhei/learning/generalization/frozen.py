@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pantarhei.errors import RequestError
-from pantarhei.probes._objective import Loss, Objective, bare
+from pantarhei.probes._objective import Loss, bare
+from pantarhei.probes._outputs import Outputs, calls
+from pantarhei.probes.tangent_kernel import matrix, ntk
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,15 @@ class DataSubspace:
     is a row), whatever the loss. For a model that is linear in its trainable weights this is exact;
     for others the movement outside tells how far training has left the linear regime.
 
-    The eigenvalues are those of the Gram matrix :math:`J J^T`, built by products a chunk of rows at
-    a time, so that memory is that of rows² and of a chunk of gradients, never of the Jacobian.
+    The eigenvalues are those of the tangent kernel :math:`J J^T`
+    (:func:`~pantarhei.probes.tangent_kernel.ntk`); projections take one product with :math:`J` and
+    one with its transpose, so the Jacobian is never held.
 
     Args:
         model, loss, batches, parameters, dtype: As for every instrument
-            (:class:`~pantarhei.probes._objective.Objective`); double precision by default.
-        chunk: Rows at a time; each needs as much memory as the weights.
+            (:class:`~pantarhei.probes._objective.Objective`); double precision by default. The loss
+            calls the model once, and its outputs have a row for each example.
+        memory: Bytes that computing the kernel may take at a time.
         tolerance: Eigenvalues below this share of the largest count as zero; default
             rows x machine precision.
 
@@ -69,21 +73,21 @@ class DataSubspace:
         *batches: Any,
         parameters: Callable[[str, nn.Parameter], bool] | None = None,
         dtype: torch.dtype | None = torch.float64,
-        chunk: int = 32,
+        memory: int = 2**30,
         tolerance: float | None = None,
     ) -> None:
-        self.objective = Objective(model, loss, *batches, parameters=parameters, dtype=dtype)
-        outputs = [self.objective.split(batch)[0] for batch in self.objective.batches]
+        call = calls(model, loss, *batches)
+        outputs = Outputs(model, call, parameters=parameters, dtype=dtype)
+        self.objective = outputs.objective
         self.size = self.objective.size
         self._start = self.objective.vector()
 
         def network(vector: Tensor) -> Tensor:
-            weights = self.objective.unflatten(vector)
-            return torch.cat([output(weights).reshape(-1) for output in outputs])
+            return outputs(self.objective.unflatten(vector)).reshape(-1)
 
         self._network = network
         value, self._pull, *_ = torch.func.vjp(network, self._start)
-        gram = self._gram(len(value), value, chunk)
+        gram = matrix(ntk(model, call, parameters=parameters, dtype=dtype, memory=memory))
         eigenvalues, vectors = torch.linalg.eigh(gram)
         share = tolerance or len(value) * torch.finfo(gram.dtype).eps
         there = eigenvalues > eigenvalues[-1] * share
@@ -93,19 +97,6 @@ class DataSubspace:
         self._vectors = vectors[:, there].flip(1)
         self.rank = len(self.eigenvalues)
         self.smallest = float(self.eigenvalues[-1])
-
-    def _gram(self, rows: int, value: Tensor, chunk: int) -> Tensor:
-        def push(direction: Tensor) -> Tensor:
-            return torch.func.jvp(self._network, (self._start,), (direction,))[1]
-
-        unit = torch.eye(rows, dtype=value.dtype, device=value.device)
-        parts = []
-        with torch.no_grad():
-            for some in unit.split(chunk):
-                (gradients,) = torch.func.vmap(self._pull)(some)
-                parts.append(torch.func.vmap(push)(gradients))
-        gram = torch.cat(parts)
-        return (gram + gram.T) / 2
 
     def inside(self, vector: Tensor) -> Tensor:
         r"""Project a vector (size,) on the directions that data reach: :math:`J^+ J` of it."""
