@@ -319,10 +319,10 @@ class _Lazy(nn.Module):
     def __init__(self, model: nn.Module, scale: float):
         super().__init__()
         self.model, self.scale = model, scale
-        self.start = [copy.deepcopy(model).requires_grad_(False)]  # hidden from parameters()
+        self.start = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.scale * (self.model(*args, **kwargs) - self.start[0](*args, **kwargs))
+        return self.scale * (self.model(*args, **kwargs) - self.start(*args, **kwargs))
 
 
 def _module_of(name: str) -> str:
