@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -173,7 +172,7 @@ def calibrate(
     scores = []
     with torch.no_grad():
         for batch in data:
-            with net._body(plan, choice, evaluate=True) as body:
+            with net.body(plan, evaluate=True) as body:
                 answers = body.run_all(*as_call(inputs_only(batch)))[:-1]
             scores.append(torch.stack([policy(0.0).score(as_logits(a)) for a in answers], 1))
     if not scores:
@@ -337,7 +336,7 @@ class Exits:
 
             try:
                 got = net.adaptive(*args, policy=leave, **kwargs).logits[1::2]
-                with torch.no_grad(), net._body(plan, net.space.largest, evaluate=True) as body:
+                with torch.no_grad(), net.body(plan, evaluate=True) as body:
                     want = as_logits(body.run(args, kwargs, None))[1::2]
                 torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
             except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
@@ -363,7 +362,7 @@ def carriers(
                 key = (path, side, position)
                 found[key] = found.get(key, True) and leaf.dim() > 0 and len(leaf) == n
 
-    with net._body(net.plan(), net.space.largest, evaluate=True) as body:
+    with net.body(net.plan(), evaluate=True) as body:
         handles = []
         for path, module in body.index.items():
             handles.append(
@@ -393,46 +392,12 @@ def _enlarge(inputs: Any, n: int) -> tuple[Any, int]:
     return tree_map(repeat, inputs), times * n
 
 
-class Twin:
-    """A module of a body and the module that it copies, by their attributes."""
-
-    def __init__(self, copy: nn.Module, module: nn.Module) -> None:
-        self.own, self.theirs = vars(copy), vars(module)
-        kinds = (bool, int, float, str, tuple, type(None))
-        self.plain = tuple(name for name, v in self.theirs.items() if type(v) in kinds)
-        self.read = operator.itemgetter(*self.plain)
-        self.extent = self._extent()
-
-    def _extent(self) -> tuple[int, int, int]:
-        theirs = self.theirs
-        return len(theirs), len(theirs["_forward_hooks"]), len(theirs["_forward_pre_hooks"])
-
-    def follow(self) -> bool:
-        """Take over numbers, flags and text; False where attributes or hooks came or went."""
-        if self._extent() != self.extent:
-            return False
-        now = self.read(self.theirs)
-        if self.read(self.own) != now:
-            self.own.update(zip(self.plain, now, strict=True))
-        return True
-
-
 class Root(nn.Module):
-    """The model and its exit heads under one roof: what is traced, bound to a choice, and run.
-
-    ``twins`` pairs the modules of a copy with those it copies; ``lent``: autograd may run it again.
-    """
+    """The model and its exit heads under one roof: what is traced, bound to a choice, and run."""
 
     def __init__(self, model: nn.Module, heads: nn.ModuleList, exits: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.heads, self.exits = model, heads, exits
-        self.twins: list[Twin] = []
-        self.lent = False
-
-    def follow(self) -> bool:
-        """Take over the plain attributes of the modules copied; False where more has changed."""
-        self.lent = False
-        return all(twin.follow() for twin in self.twins)
 
     @cached_property
     def index(self) -> dict[str, nn.Module]:
@@ -556,6 +521,24 @@ def _checked(leaving: Any, n: int) -> Tensor:
     )
 
 
+def _rows(value: Any) -> int:
+    return len(value) if isinstance(value, Tensor) and value.dim() else -1
+
+
+def rows_of(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return some rows of a tensor, in the order in which it lies in memory (channels last, say).
+
+    >>> x = torch.ones(3, 2, 4, 4).to(memory_format=torch.channels_last)
+    >>> rows_of(x, torch.tensor([0, 2])).is_contiguous(memory_format=torch.channels_last)
+    True
+    """
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if order[0] != 0 or tensor.is_contiguous():
+        return tensor.index_select(0, index)
+    rows = tensor.permute(order).index_select(0, index)  # copies whole rows
+    return rows.permute([order.index(d) for d in range(tensor.dim())])
+
+
 def run_adaptive(
     body: Root,
     args: tuple[Any, ...],
@@ -574,24 +557,27 @@ def run_adaptive(
     n = len(first)
     here = torch.arange(n, device=first.device)  # the examples still in the batch
     sizes = {n: here}  # batch sizes on the way, and which examples each held
+    kept: dict[int, Tensor] = {}  # by batch size, where those still here were in it
     answers: list[Tensor] = []
     exit = torch.full((n,), len(body.exits) + 1, device=first.device)
     logits: Tensor | None = None
 
-    def settle(answer: Tensor, leaving: Tensor, at: int) -> None:
+    def settle(answer: Tensor, whose: Tensor, at: int) -> None:
         nonlocal logits
         if logits is None:
             logits = answer.new_empty((n, *answer.shape[1:]))
-        logits[here[leaving]] = answer[leaving].to(logits.dtype)
-        exit[here[leaving]] = at + 1
+        logits[whose] = answer.to(logits.dtype)
+        exit[whose] = at + 1
 
     def shrink(path: str, side: str, value: Any) -> Any:
         """Bring tensors that were made for an earlier, larger batch down to the present one."""
         leaves, form = tree_flatten(value)
         for position, leaf in enumerate(leaves):
             rows = len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else len(here)
-            if (path, side, position) in carried and rows != len(here):
-                leaves[position] = leaf[torch.isin(sizes[rows], here)]
+            if rows != len(here) and (path, side, position) in carried:
+                if rows not in kept:
+                    kept[rows] = torch.searchsorted(sizes[rows], here)
+                leaves[position] = rows_of(leaf, kept[rows])
         return tree_unflatten(leaves, form)
 
     def hand_on(at: int) -> Callable[..., Any]:
@@ -600,20 +586,27 @@ def run_adaptive(
             features = first_tensor(out)
             answers.append(as_logits(body.heads[at](features)))
             leaving = _checked(policy(answers), len(here)).to(here.device)
-            if not leaving.any():
+            gone = leaving.nonzero()[:, 0]
+            if not len(gone):
                 return out
-            settle(answers[-1], leaving, at)
-            if leaving.all():
+            settle(answers[-1][gone], here[gone], at)
+            if len(gone) == len(here):
                 raise Stop(None)
-            here = here[~leaving]
-            answers = [a[~leaving] for a in answers]
+            stay = (~leaving).nonzero()[:, 0]
+            here, answers = here[stay], [a[stay] for a in answers]
             sizes[len(here)] = here
+            kept.clear()
             return shrink(f"model.{body.exits[at]}", "out", out)
 
         return hook
 
     def catch_up(path: str) -> Callable[..., Any]:
-        return lambda _, a, k: shrink(path, "in", (a, k)) if len(sizes) > 1 else None
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if len(sizes) == 1 or (not kwargs and len(args) == 1 and _rows(args[0]) == len(here)):
+                return None
+            return shrink(path, "in", (args, kwargs))
+
+        return hook
 
     handles = [
         body.model.get_submodule(name).register_forward_hook(hand_on(at))
@@ -627,9 +620,7 @@ def run_adaptive(
     try:
         with torch.no_grad():
             last = as_logits(body.model(*args, **kwargs))
-            settle(
-                last, torch.ones(len(here), dtype=torch.bool, device=here.device), len(body.exits)
-            )
+            settle(last, here, len(body.exits))
     except Stop:
         pass
     finally:

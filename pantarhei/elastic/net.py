@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import fnmatch
 import math
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -19,13 +19,12 @@ from torch.utils._pytree import tree_map
 
 from pantarhei.cost import Cost, latency_ms
 from pantarhei.elastic.blocks import Stage, find_stages
-from pantarhei.elastic.exits import Adaptive, Exits, Policy, Root, Twin, run_adaptive
+from pantarhei.elastic.bodies import Bodies, Body, Plan
+from pantarhei.elastic.exits import Adaptive, Exits, Policy, Root, run_adaptive
 from pantarhei.elastic.space import Choice, Space, Value
 from pantarhei.elastic.structure import (
-    Cut,
     Structure,
     as_call,
-    bind,
     inputs_only,
     named_tensors,
     preserved,
@@ -63,18 +62,6 @@ class Sized:
         return min(size, max(rounded, self.floor, 1))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """All that a choice means for the network, worked out once."""
-
-    keep: dict[str, int]
-    cuts: dict[str, tuple[Cut, ...]]
-    values: list[tuple[str, str, Any]]
-    skipped: tuple[str, ...]
-    exit: int | None
-    scales: dict[str, float]
-
-
 def _pass_on(nones: int | None) -> nn.Module:
     """Return what stands for a skipped block: it hands on its first argument in the block's form.
 
@@ -85,20 +72,6 @@ def _pass_on(nones: int | None) -> nn.Module:
     x, *_ = (graph.placeholder(name) for name in ("x", "*rest", "**named"))
     graph.output(x if nones is None else (x, *[None] * nones))
     return torch.fx.GraphModule(nn.Module(), graph)
-
-
-class _Lease:
-    """Returns a body to its pool when nothing can run it any more.
-
-    It hangs on the autograd graph of a call's outputs: checkpointing runs modules again in the
-    backward pass, and until then the body has to stay as it was.
-    """
-
-    def __init__(self, body: Root, idle: deque[Root]) -> None:
-        self.body, self.idle = body, idle
-
-    def __del__(self) -> None:
-        self.idle.append(self.body)
 
 
 class ElasticNet(nn.Module):
@@ -124,8 +97,9 @@ class ElasticNet(nn.Module):
         self.exits = exits.names if exits else ()
         self.example = as_call(example_inputs)
         self.axes, self.norm, self.rescale = dict(axes), norm, rescale
-        root = self._root()
+        root = self.root()
         self._structure = Structure(root, *self.example)
+        assert self.layout  # noted now: what is replaced later is noticed
         self.batch = _batch_size(*self.example)
         self._stages(axes.get("depth"))
         self._axes_of_groups: dict[str, tuple[str, Sized]] = {}
@@ -140,8 +114,7 @@ class ElasticNet(nn.Module):
         self.fixed: dict[str, str] = {
             name.removeprefix("model."): why for name, why in self._structure.fixed.items()
         } | self._unskippable
-        self._plans: OrderedDict[Choice, _Plan] = OrderedDict()
-        self._idle: deque[Root] = deque()
+        self._plans: OrderedDict[Choice | None, Plan] = OrderedDict()
         self.statistics: dict[Choice, dict[str, Tensor]] = {}
         self.switched = nn.ParameterDict()
         self._switched_keys: dict[Choice, dict[str, str]] = {}
@@ -151,19 +124,20 @@ class ElasticNet(nn.Module):
 
     # --- what was found -----------------------------------------------------------------------
 
-    def _root(self) -> Root:
+    def root(self) -> Root:
+        """Return the model and its heads under one roof."""
         return Root(self.model, self.heads, self.exits)
 
     def _stages(self, depth: Axis | None) -> None:
         self.stages: dict[str, Stage] = {}
         self._unskippable: dict[str, str] = {}
-        self._stand_ins: dict[str, nn.Module] = {}
+        self.stand_ins: dict[str, nn.Module] = {}
         if depth is None:
             return
         body = skeleton(self.model).eval()
         stages, self._unskippable, forms = find_stages(body, *self.example, self.exits)
         self.stages = {s.name: s for s in stages}
-        self._stand_ins = {block: _pass_on(nones) for block, nones in forms.items()}
+        self.stand_ins = {block: _pass_on(nones) for block, nones in forms.items()}
 
     def _claim(self, axes: Mapping[str, Axis | None]) -> dict[str, tuple[Value, ...]]:
         """Assign groups to axes; return the values each axis offers."""
@@ -265,14 +239,15 @@ class ElasticNet(nn.Module):
 
     # --- what a choice means ------------------------------------------------------------------
 
-    def plan(self, choice: Choice | None = None) -> _Plan:
+    def plan(self, choice: Choice | None = None) -> Plan:
         """Return what ``choice`` means: units kept, views, attributes, skipped blocks and exit."""
-        plan = self._plans.get(choice) if choice is not None else None
-        if plan is not None:
-            return plan
-        choice = self.space.complete(choice)
         plan = self._plans.get(choice)
         if plan is not None:
+            return plan
+        given, choice = choice, self.space.complete(choice)
+        plan = self._plans.get(choice)
+        if plan is not None:
+            self._plans[given] = plan
             return plan
         keep = self._units_kept(choice)
         skipped: list[str] = []
@@ -282,7 +257,8 @@ class ElasticNet(nn.Module):
                 skipped += stage.skipped(_depth(value, stage))
         alive = self._structure.alive(keep)
         at = int(choice["exit"]) - 1 if self.exits else len(self.exits)
-        plan = _Plan(
+        plan = Plan(
+            choice,
             keep,
             self._structure.cuts(alive),
             self._structure.values(alive, keep),
@@ -325,20 +301,21 @@ class ElasticNet(nn.Module):
 
     def exit_macs(self, choice: Choice | None = None) -> list[int]:
         """Return, for leaving at each exit in turn, the MACs with every head on the way counted."""
-        full = self.space.complete(choice)
-        plan = self.plan(full)
-        alive = self._structure.alive(plan.keep)
-        return [
-            self._structure.macs(alive, self._runs(plan, at, all_heads=True)) // self.batch
-            for at in range(len(self.exits) + 1)
-        ]
+        plan = self.plan(choice)
+        if not plan.exit_macs:
+            alive = self._structure.alive(plan.keep)
+            plan.exit_macs[:] = [
+                self._structure.macs(alive, self._runs(plan, at, all_heads=True)) // self.batch
+                for at in range(len(self.exits) + 1)
+            ]
+        return list(plan.exit_macs)
 
     def _head_start(self, at: int) -> int:
         ended = self._structure.ended
         return next(i for i, name in enumerate(ended) if _under(name, f"heads.{at}"))
 
     def _runs(
-        self, plan: _Plan, at: int | None = None, all_heads: bool = False
+        self, plan: Plan, at: int | None = None, all_heads: bool = False
     ) -> Callable[[Seen], bool]:
         """Return the test whether a counted operation runs: not skipped, and before the exit."""
         at = at if at is not None else plan.exit if plan.exit is not None else len(self.exits)
@@ -354,9 +331,9 @@ class ElasticNet(nn.Module):
 
         return runs
 
-    def _survives(self, name: str, plan: _Plan) -> bool:
+    def _survives(self, name: str, plan: Plan) -> bool:
         """Say whether the extracted network has this parameter or buffer."""
-        places = [f"{path}.{slot}" for path, slot in self._structure.slots[name]]
+        places = [f"{path}.{slot}" for path, slot in self.slots[name]]
         if all(any(_under(p, f"model.{b}") for b in plan.skipped) for p in places):
             return False
         if plan.exit is None:
@@ -377,57 +354,25 @@ class ElasticNet(nn.Module):
         """
         args, choice = _split_choice(args, choice)
         plan = self.plan(choice)
-        with self._body(plan, self.space.complete(choice)) as body:
-            return self._lend(body, body.run(args, kwargs, plan.exit))
+        with self.body(plan) as body:
+            return self._bodies.lend(body, body.run(args, kwargs, plan.exit))
 
-    @contextmanager
-    def _body(self, plan: _Plan, choice: Choice, evaluate: bool = False) -> Iterator[Root]:
-        """Lend a skeleton bound to a choice; each call has its own, so that calls can overlap."""
-        body = self._fresh_body()
-        modules = body.index
-        tensors, cuts = self.tensors(), plan.cuts
-        own = self._switched_names(choice)
-        if evaluate or not self.training:
-            own = own | self.statistics.get(choice, {})
-        if own:
-            tensors, cuts = {**tensors, **own}, {n: c for n, c in cuts.items() if n not in own}
-        bound = bind(modules, self._structure.slots, tensors, cuts, plan.values, plan.scales)
-        for block, stand_in in self._stand_ins.items():
-            parent, _, child = f"model.{block}".rpartition(".")
-            whole = modules[f"model.{block}"]
-            modules[parent]._modules[child] = stand_in if block in plan.skipped else whole
-        if evaluate:
-            body.eval()
-        yield body
-        self._write_back(modules, bound, cuts.keys() | own.keys())
-        if not body.lent:
-            self._idle.append(body)
+    def body(self, plan: Plan, evaluate: bool = False) -> AbstractContextManager[Body]:
+        """Lend the module tree bound to a choice: see :mod:`pantarhei.elastic.bodies`."""
+        return self._bodies.borrow(self, plan, evaluate)
 
-    def _fresh_body(self) -> Root:
-        """Take a body from the pool, with the attributes that the model has now, or make one."""
-        with suppress(IndexError):
-            while True:
-                body = self._idle.pop()
-                if body.follow():
-                    return body
-        body = skeleton(self._root())
-        body.twins = [
-            Twin(body.index[path], module)
-            for path, module in self._root_modules()
-            if path in body.index
-        ]
-        body.follow()
-        return body
-
-    def _lend(self, body: Root, output: Any) -> Any:
-        """Keep a body from other calls as long as the backward pass of its output may run it."""
-        graph = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
-        if graph:
-            body.lent = True
-            lease = _Lease(body, self._idle)
-            for node in graph:
-                node.metadata["pantarhei"] = lease  # type: ignore[index]  # a property
-        return output
+    def new_body(self) -> Body:
+        """Return a copy of the module tree; raises when its modules are no longer those traced."""
+        if list(self.root_modules()) != self.layout:
+            known = dict(self.layout)
+            other = next(
+                (p for p, m in self.root_modules() if known.pop(p, None) is not m), None
+            ) or next(iter(known))
+            raise RequestError(
+                f"The module '{other.removeprefix('model.')}' was replaced, added or removed after "
+                "elastic() had read the network: call elastic() again."
+            )
+        return Body(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticNet:
         """Move what modules do not know of along with the parameters."""
@@ -441,44 +386,61 @@ class ElasticNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the pool of bodies out of copies and pickles."""
-        return {k: v for k, v in self.__dict__.items() if k != "_places"} | {"_idle": deque()}
+        own = ("_bodies", "places", "layout")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
-    def _root_modules(self) -> Iterator[tuple[str, nn.Module]]:
+    def root_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield all modules of the model and its heads, with their paths under one roof."""
         for part in ("model", "heads"):
             for path, module in getattr(self, part).named_modules():
                 yield (f"{part}.{path}" if path else part), module
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the present parameters and buffers: ``to`` and assignments may replace them."""
-        return {name: table[slot] for name, (table, slot) in self._places.items()}
+        return {name: table[slot] for name, (table, slot) in self.places.items()}
+
+    @property
+    def slots(self) -> dict[str, list[tuple[str, str]]]:
+        """The (module, name)s under which each parameter and buffer is found."""
+        return self._structure.slots
 
     @cached_property
-    def _places(self) -> dict[str, tuple[dict[str, Any], str]]:
+    def layout(self) -> list[tuple[str, nn.Module]]:
+        """The modules that were traced."""
+        return list(self.root_modules())
+
+    @cached_property
+    def places(self) -> dict[str, tuple[dict[str, Any], str]]:
         """Where each parameter and buffer is kept: a module's table, and its name there."""
-        modules = dict(self._root_modules())
+        modules = dict(self.layout)
         places: dict[str, tuple[dict[str, Any], str]] = {}
-        for name, slots in self._structure.slots.items():
+        for name, slots in self.slots.items():
             path, slot = slots[0]
             m = modules[path]
             places[name] = (m._parameters if slot in m._parameters else m._buffers, slot)
         return places
 
-    def _write_back(
-        self, modules: dict[str, nn.Module], bound: dict[str, Tensor], other: Set[str]
-    ) -> None:
-        """Keep a buffer that the forward pass replaced (rather than changed) where it belongs."""
-        for name, (table, slot) in self._places.items():
-            path, own = self._structure.slots[name][0]
-            now = modules[path]._buffers.get(own)
-            if now is not None and now is not bound[name] and name not in other:
-                table[slot] = now
+    def own_places(self, choice: Choice, evaluate: bool) -> dict[str, tuple[dict[str, Any], str]]:
+        """Where the tensors are kept that are a choice's own: switched norms, statistics."""
+        table: dict[str, Any] = self.switched._parameters
+        own = {name: (table, key) for name, key in self._switched_keys.get(choice, {}).items()}
+        statistics = self.statistics_of(choice, evaluate) or {}
+        return own | {name: (statistics, name) for name in statistics}
+
+    def statistics_of(self, choice: Choice, evaluate: bool) -> dict[str, Tensor] | None:
+        """Return the BatchNorm statistics that were measured for a choice and are used now."""
+        return self.statistics.get(choice) if evaluate or not self.training else None
+
+    @cached_property
+    def _bodies(self) -> Bodies:
+        return Bodies()
 
     def all_exits(self, *args: Any, choice: Choice | None = None, **kwargs: Any) -> list[Any]:
         """Return the outputs of every exit's head and of the whole network, in one pass."""
         args, choice = _split_choice(args, choice)
         plan = self.plan(choice)
-        with self._body(plan, self.space.complete(choice)) as body:
-            return self._lend(body, body.run_all(args, kwargs))
+        with self.body(plan) as body:
+            return self._bodies.lend(body, body.run_all(args, kwargs))
 
     def adaptive(
         self, *args: Any, policy: Policy | None = None, choice: Choice | None = None, **kwargs: Any
@@ -496,8 +458,8 @@ class ElasticNet(nn.Module):
         if policy is None:
             raise RequestError("adaptive() needs a policy: pass Confidence(0.9), for instance.")
         plan = self.plan(choice)
-        with self._body(plan, self.space.complete(choice), evaluate=True) as body:
-            macs = self.exit_macs(choice)
+        with self.body(plan, evaluate=True) as body:
+            macs = self.exit_macs(plan.choice)
             return run_adaptive(body, args, kwargs, policy, macs, self._carriers)
 
     def latency(
@@ -507,13 +469,13 @@ class ElasticNet(nn.Module):
         args, kwargs = (args, kwargs) if args or kwargs else self.example
         choice = self.space.complete(choice)
         plan = self.plan(choice)
-        with torch.no_grad(), self._body(plan, choice, evaluate=True) as body:
+        with torch.no_grad(), self.body(plan, evaluate=True) as body:
             return latency_ms(body.run, args, kwargs, plan.exit, repeats=repeats)
 
     # --- normalisation ------------------------------------------------------------------------
 
     def _norm_modules(self) -> Iterator[tuple[str, nn.modules.batchnorm._NormBase]]:
-        for path, module in self._root_modules():
+        for path, module in self.root_modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
                 yield path, module
 
@@ -534,7 +496,7 @@ class ElasticNet(nn.Module):
         if not norms:
             return
         fresh: dict[str, Tensor] = {}
-        with self._body(plan, choice, evaluate=True) as body, torch.no_grad():
+        with self.body(plan, evaluate=True) as body, torch.no_grad():
             for path in norms:
                 m = body.index[path]
                 assert isinstance(m, nn.modules.batchnorm._NormBase)
@@ -603,11 +565,11 @@ class ElasticNet(nn.Module):
         choice = self.space.complete(choice)
         plan = self.plan(choice)
         live = self.tensors()
-        with self._body(plan, choice, evaluate=True) as body:
+        with self.body(plan, evaluate=True) as body:
             plain = _own_weights(body, {name for name, t in live.items() if t.requires_grad})
         if plan.exit is not None:
             return plain.export(*self.example, plan.exit)
-        for path, module in self._root_modules():
+        for path, module in self.root_modules():
             if path in plain.index:
                 plain.index[path].training = module.training
         if plan.skipped and self._droppable:
@@ -622,7 +584,7 @@ class ElasticNet(nn.Module):
             **({"exit": len(self.exits) + 1} if self.exits else {})
         )
         plan = self.plan(choice)
-        with torch.no_grad(), self._body(plan, choice, evaluate=True) as body:
+        with torch.no_grad(), self.body(plan, evaluate=True) as body:
             wanted = tensors_in(body.run(args, kwargs, None))
             short = _own_weights(body, set()).model
             _drop_blocks(short, plan.skipped)

@@ -443,6 +443,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+def cut_down(tensor: Tensor, cuts: Iterable[Cut], scale: float | None) -> Tensor:
+    """Return what is left of a tensor, times ``scale``."""
+    for cut in cuts:
+        tensor = cut(tensor)
+    return tensor if scale is None else tensor * scale
+
+
 def bind(
     modules: dict[str, nn.Module],
     slots: Mapping[str, list[tuple[str, str]]],
@@ -454,12 +461,7 @@ def bind(
     """Point a skeleton's parameters, buffers and attributes at a choice; return what was bound."""
     bound = {}
     for name, places in slots.items():
-        tensor = tensors[name]
-        for cut in cuts.get(name, ()):
-            tensor = cut(tensor)
-        if name in scales:
-            tensor = tensor * scales[name]
-        bound[name] = tensor
+        tensor = bound[name] = cut_down(tensors[name], cuts.get(name, ()), scales.get(name))
         for path, slot in places:
             module = modules[path]
             table = module._parameters if slot in module._parameters else module._buffers

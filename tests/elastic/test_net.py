@@ -109,20 +109,6 @@ def test_hugging_face_checkpointing_switched_on_later() -> None:
             torch.testing.assert_close(p.grad, grads[name], msg=name)
 
 
-def test_bodies_are_used_again() -> None:
-    model, x = convnet().train(), images()
-    net = pr.elastic(model, x, width=(0.5, 1.0))
-    for _ in range(5):
-        loss = net(x, SMALL).sum()
-        loss.backward()
-    del loss
-    assert len(net._idle) <= 3
-    bodies = [id(b) for b in net._idle]
-    with torch.no_grad():
-        net(x, SMALL)
-    assert [id(b) for b in net._idle] == bodies
-
-
 def test_rescaling_makes_up_for_missing_inputs() -> None:
     """DyLoRA (arXiv 2210.07558): a layer that keeps k of n inputs is multiplied by sqrt(n / k)."""
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
@@ -295,7 +281,7 @@ def test_switching_copies_nothing() -> None:
     model, x = convnet().eval(), images()
     net = pr.elastic(model, x, width=(0.25, 0.5, 1.0))
     for choice in net.space:
-        with net._body(net.plan(choice), choice) as body:
+        with net.body(net.plan(choice)) as body:
             views = [*body.model.parameters(), *body.model.buffers()]
         whole = [*model.parameters(), *model.buffers()]
         for view, full in zip(views, whole, strict=True):

@@ -113,9 +113,9 @@ def inside(net: ElasticNet, choice: Choice, name: str) -> Tensor:
 def check_storage(net: ElasticNet) -> None:
     """A choice's tensors are views of the full ones wherever the kept channels are contiguous."""
     plan = net.plan(net.space.smallest)
-    with net._body(plan, net.space.smallest) as body:
+    with net.body(plan) as body:
         for name, tensor in net.tensors().items():
-            path, slot = net._structure.slots[name][0]
+            path, slot = net.slots[name][0]
             bound = {**body.index[path]._parameters, **body.index[path]._buffers}[slot]
             if all(cut.index is None for cut in plan.cuts.get(name, ())):
                 assert bound.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -234,19 +235,23 @@ def test_images_that_left_are_not_computed():
     assert sizes[-1] < 6
 
 
-def test_early_exits_save_wall_clock():
-    net = small(levels=5, width=16)
-    x = pictures(2, 256, 256)
+def test_early_exits_compute_what_their_exit_needs_and_no_more():
+    net, x = small(levels=5, width=8), pictures(2, 64, 64)
+    ran: list[tuple[str, tuple[int, ...]]] = []
+    for name, module in net.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda _m, _i, out, n=name: ran.append((n, out.shape)))
 
-    def seconds(threshold: float) -> float:
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            net.dynamic(x, threshold)
-            times.append(time.perf_counter() - start)
-        return min(times)
+    def layers(call: Callable[[], object]) -> Counter:
+        ran.clear()
+        with torch.no_grad():
+            call()
+        return Counter(layer for layer in ran if not layer[0].startswith("heads."))
 
-    assert seconds(0.0) < seconds(1.1)
+    shallow, deep = (layers(lambda k=k: net(x, exit=k)) for k in (1, 4))
+    assert layers(lambda: net.dynamic(x, 0.0)) == shallow
+    assert layers(lambda: net.dynamic(x, 1.1)) == deep
+    assert sum(shallow.values()) < sum(deep.values()) / 2
 
 
 def test_colour_is_enhanced_in_its_luma():
