@@ -108,9 +108,7 @@ def train_alone(start: Parametrized, lr: float, plan: Plan) -> Outcome:
 
     def mean_loss(model: nn.Module) -> float:
         with plan.autocast():
-            found[:] = [
-                float(_scalar(plan.loss(model, batch))) for batch in on(plan, plan.evaluate)
-            ]
+            found[:] = [float(scalar(plan.loss(model, batch))) for batch in on(plan, plan.evaluate)]
         return sum(found) / len(found)
 
     sgd = start.optimizer_name == "sgd"
@@ -269,10 +267,10 @@ class _WithLoss(nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, batch: Any) -> Tensor:
-        return _scalar(self.loss(self.model, batch))
+        return scalar(self.loss(self.model, batch))
 
 
-def _scalar(result: Any) -> Tensor:
+def scalar(result: Any) -> Tensor:
     value = result[0] if isinstance(result, tuple) else result
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

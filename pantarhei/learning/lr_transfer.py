@@ -1,7 +1,7 @@
 r"""Learning-rate transfer: tune a small model, train a large one at the same rate.
 
 Under muP and Depth-muP the best rate hardly depends on width and depth, because the sharpness
-:math:`\lambda_{max}(\gamma^2 H)` that the rate is limited by follows the same curve over training at
+:math:`\lambda_{max}(\gamma^2 H)`, which limits the rate, follows the same curve over training at
 all sizes (arXiv 2402.17457). :func:`lr_sweep` measures where the best rate lies, :class:`Transfer`
 says whether it moves, and :func:`consistency` whether a curve (sharpness, loss) depends on size.
 """
@@ -258,7 +258,7 @@ def lr_sweep(
     >>> sweep.losses().shape
     (2, 2, 2)
     """
-    sizes = _sizes(widths, depths)
+    sizes = sizes_of(widths, depths)
     grid = _checked_grid(grid)
     for name, count in (("steps", steps), ("seeds", seeds)):
         if count < 1:
@@ -283,7 +283,9 @@ def lr_sweep(
         for size in sizes:
             if size in done:
                 continue
-            starts = [_start(factory, sizes, size, seed + s, control, **how) for s in range(seeds)]
+            starts = [
+                start_of(factory, sizes, size, seed + s, control, **how) for s in range(seeds)
+            ]
             outcomes = _train(starts, grid, plan, together)
             sweep.rows += _rows(size, grid, outcomes)
             if checkpoint:
@@ -404,7 +406,7 @@ def consistency(sizes: ArrayLike, times: ArrayLike, curves: ArrayLike) -> Consis
     )
 
 
-def _start(
+def start_of(
     factory: Callable[..., nn.Module],
     sizes: Sequence[Size],
     size: Size,
@@ -493,9 +495,10 @@ def _continued(sweep: Sweep, checkpoint: str | os.PathLike[str] | None) -> Sweep
     return found
 
 
-def _sizes(widths: Sequence[int], depths: Sequence[int]) -> tuple[Size, ...]:
+def sizes_of(widths: Sequence[int], depths: Sequence[int]) -> tuple[Size, ...]:
+    """Return every pair of a width and a depth, ascending."""
     if not widths and not depths:
-        raise RequestError("lr_sweep needs widths= or depths=: name two sizes or more.")
+        raise RequestError("no size is named: give widths= or depths=, ascending.")
     for name, values in (("widths", widths), ("depths", depths)):
         if list(values) != sorted(set(values)) or any(v < 1 for v in values):
             raise RequestError(f"{name}={list(values)}: name ascending positive whole numbers.")
