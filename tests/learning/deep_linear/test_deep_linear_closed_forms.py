@@ -275,3 +275,20 @@ def test_negative_singular_values_only_turn_the_sign():
 def test_bad_requests(call, sentence):
     with pytest.raises(RequestError, match=sentence):
         call()
+
+
+def test_depth_costs_a_finite_delay_at_the_best_rate_unless_layers_start_alike():
+    def steps(n, s, u0):
+        return float(dl.depth_time(0.99 * s, s, u0, n, 1 / dl.best_rate(n, s)))
+
+    s = 1.5
+    deep = [steps(n, s, 1e-3) for n in (2, 10, 100, 1000, 10_000)]
+    assert deep == sorted(deep)
+    limit = float(dl.infinite_depth_time(0.99 * s, s, 1e-3, 1, s**2))
+    assert deep[-1] == pytest.approx(limit, rel=0.01) and deep[3] == pytest.approx(limit, rel=0.05)
+    # the delay is of the order s / eps
+    delays = [steps(10**5, s, eps) - steps(2, s, eps) for eps in (1e-2, 1e-3)]
+    assert delays[1] / delays[0] == pytest.approx(10, rel=0.15)
+    # the same strength a0 < 1 in every layer, not the same end-to-end strength: explodes
+    alike = [steps(n, s, 0.8**n) for n in (5, 20, 40)]
+    assert alike[1] > 10 * alike[0] and alike[2] > 10 * alike[1]
