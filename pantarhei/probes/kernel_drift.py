@@ -20,6 +20,7 @@ from pantarhei.probes.tangent_kernel import (
     eigenvalues,
     kernel_distance,
     ntk,
+    varies,
 )
 
 
@@ -30,8 +31,8 @@ class KernelDrift:
     model with, and returns
 
     ``kernel_drift``, ``kernel_distance``
-        :func:`drift` and :func:`kernel_distance` from the kernel of the first call: make that call
-        before training, ``watch.record(model, 0)``;
+        :func:`drift` and centred :func:`kernel_distance` from the kernel of the first call: make
+        that call before training, ``watch.record(model, 0)``;
     ``kernel_top``
         its largest eigenvalue over the number of inputs: the largest curvature of a mean of
         squared errors, and what bounds the learning rate;
@@ -39,7 +40,8 @@ class KernelDrift:
         :math:`(\mathrm{tr}\,\Theta)^2 / \lVert\Theta\rVert_F^2`, the number of directions that
         share the kernel;
     ``kernel_alignment``
-        :func:`alignment` with the labels, where these are given.
+        :func:`alignment` with the labels, where these are given. It and ``kernel_distance`` are
+        left out of the row of a network that does not tell its inputs apart.
 
     A row costs one kernel, see :func:`ntk`: n forward and n o backward passes, or n of each with
     ``kind="pseudo"``. What was measured first is part of the state that a resumed watch finds.
@@ -85,10 +87,12 @@ class KernelDrift:
         values = eigenvalues(kernel)
         row = {
             "kernel_drift": float(drift(kernel, start)),
-            "kernel_distance": float(kernel_distance(kernel, start)),
             "kernel_top": float(values[0]) / len(kernel),
             "kernel_rank": float(values.sum() ** 2 / values.square().sum()),
         }
+        if not (varies(kernel) and varies(start)):
+            return row
+        row["kernel_distance"] = float(kernel_distance(kernel, start, centred=True))
         if self.labels is not None:
             labels = torch.cat([self.labels(batch) for batch in batches]).to(kernel.device)
             row["kernel_alignment"] = float(alignment(kernel, labels))

@@ -482,18 +482,25 @@ def drift(kernel: Tensor, start: Tensor) -> Tensor:
     tensor(2.)
     """
     _check_alike(kernel, start)
+    _check_norm(start)
     return (kernel - start).norm() / start.norm()
 
 
-def kernel_distance(kernel: Tensor, start: Tensor) -> Tensor:
+def kernel_distance(kernel: Tensor, start: Tensor, *, centred: bool = False) -> Tensor:
     r"""Return :math:`1 - \langle K, K_0\rangle_F / (\|K\|_F \|K_0\|_F)`, in [0, 1] for kernels.
 
-    It does not see a change of scale (Fort et al. 2020, arXiv 2010.15110).
+    It does not see a change of scale (Fort et al. 2020, arXiv 2010.15110). ``centred`` takes out
+    the mean over the inputs on both sides, :math:`HKH`: what is left tells inputs apart, while the
+    kernel of a ReLU network as it stands is mostly one constant.
 
     >>> kernel_distance(torch.ones(2, 2) * 3, torch.eye(2))
     tensor(0.2929)
     """
     _check_alike(kernel, start)
+    for k in (kernel, start):
+        _check_norm(k, centred)
+    if centred:
+        kernel, start = _centred(kernel), _centred(start)
     # half the squared distance of the normalised kernels: the same, without cancellation
     return (kernel / kernel.norm() - start / start.norm()).square().sum() / 2
 
@@ -513,10 +520,11 @@ def alignment(kernel: Tensor, labels: Tensor, *, centred: bool = True) -> Tensor
         centred: Without, K and Y are taken as they are.
 
     Raises:
-        RequestError: For labels that do not fit, or are all the same.
+        RequestError: For labels that do not fit or are all the same, and a kernel that does not
+            vary between inputs.
 
     >>> labels = torch.tensor([0, 0, 1])
-    >>> alignment((labels[:, None] == labels).double(), labels).item()
+    >>> round(alignment((labels[:, None] == labels).double(), labels).item(), 9)
     1.0
     """
     if kernel.dim() == 4:
@@ -531,13 +539,22 @@ def alignment(kernel: Tensor, labels: Tensor, *, centred: bool = True) -> Tensor
     if labels.dim() == 1 and not labels.is_floating_point():
         labels = torch.nn.functional.one_hot(labels.long().unique(return_inverse=True)[1])
     y = labels.to(kernel).reshape(len(labels), -1)
+    _check_norm(kernel, centred)
     if centred:
-        kernel = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
-        y = y - y.mean(0)
-    found = (y * (kernel @ y)).sum() / (kernel.norm() * (y.mT @ y).norm())
-    if not found.isfinite():
-        raise RequestError("the labels or the kernel do not vary: there is nothing to align.")
-    return found
+        kernel, y = _centred(kernel), y - y.mean(0)
+    if not y.any():
+        raise RequestError("the labels are all the same: there is nothing to align with.")
+    return (y * (kernel @ y)).sum() / (kernel.norm() * (y.mT @ y).norm())
+
+
+def varies(kernel: Tensor) -> bool:
+    """Return whether a kernel tells inputs apart: whether more than rounding is left centred.
+
+    >>> varies(torch.ones(3, 3)), varies(torch.eye(3))
+    (False, True)
+    """
+    rounding = 100 * torch.finfo(kernel.dtype).eps
+    return bool(_centred(kernel).norm() > rounding * kernel.norm())
 
 
 def differential(
@@ -601,6 +618,20 @@ def differential(
     whole[first, second] = whole[second, first] = found
     parts = whole.view(side.n, side.o, side.n, side.o, outputs.n, outputs.o)
     return parts.permute(4, 0, 2, 5, 1, 3)
+
+
+def _centred(kernel: Tensor) -> Tensor:
+    """Return HKH, over the inputs on both sides."""
+    columns, rows = kernel.mean(0, keepdim=True), kernel.mean(1, keepdim=True)
+    return kernel - columns - rows + columns.mean(1, keepdim=True)
+
+
+def _check_norm(kernel: Tensor, centred: bool = False) -> None:
+    if not kernel.any() or (centred and not varies(kernel)):
+        raise RequestError(
+            "a kernel is zero or does not vary between inputs, and has no direction to compare: "
+            "is the network dead, or are the inputs all the same?"
+        )
 
 
 def _check_square(kernel: Tensor) -> None:
