@@ -183,6 +183,8 @@ def _next(
     (s2, s4, d2, d4, s2d2, zsd, zsd3, d2w, s2w, zs2, quartic) = act.average(integrands, K)
     parallel, perpendicular = gamma**2 + C_W * zsd, gamma**2 + C_W * d2
     h, curved, curved3 = C_W * d2w / (4 * K**2), zsd - d2, (zsd3 - d4) / 3
+    if act.slopes is not None:  # exactly 0, not to rounding
+        h, curved, curved3, quartic = (torch.zeros_like(K) for _ in range(4))
     ratio = lambda_W / C_W
     new = {
         "K": gamma**2 * K + C_b + C_W * s2,
