@@ -11,9 +11,9 @@ The Gauss-Newton part G is what a model linear in its weights would have; the re
 what the model's own bending adds. With MSE :math:`c = \frac1{2n}\sum_i (f_i - y_i)^2` the matrix G
 shares its non-zero eigenvalues with the tangent kernel divided by n.
 
-A product costs about two gradients (Hessian, residual) or one and a third (Gauss-Newton). The graph
-of the gradient is built once and kept between products, so nothing is computed again but the
-product itself; a block of vectors goes through it in one vectorised pass.
+The graph of the gradient is built once and kept between products, so that a product costs one and a
+half gradients (dense layers) to three (convolutions) and no forward pass; a block of vectors can go
+through it in one vectorised pass.
 
 Two warnings about what is measured. ReLU networks are piecewise linear: their Hessian ignores the
 kinks, and R is that of the pieces; look at R with tanh or GELU. Batch normalisation makes the loss
@@ -28,10 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from pantarhei.errors import RequestError
 from pantarhei.probes._objective import Loss, Objective, differentiate, finite
 
+_SMALL = 2**20  # weights times examples below which a product is mostly overhead (measured)
 Product = Callable[[Tensor], Tensor]  # (size,) to (size,), or rows (k, size) to (k, size)
 
 
@@ -89,7 +91,7 @@ class _Curvature(Operator):
         parameters: Callable[[str, nn.Parameter], bool] | None = None,
         dtype: torch.dtype | None = None,
         train: bool = False,
-        block: int = 8,
+        block: int | None = None,
         keep: bool | None = None,
     ):
         if isinstance(model, Objective):
@@ -100,11 +102,11 @@ class _Curvature(Operator):
             self.objective = Objective(
                 model, loss, *batches, parameters=parameters, dtype=dtype, train=train
             )
-        if block < 1:
+        if block is not None and block < 1:
             raise RequestError(f"block={block}: choose at least 1 vector at a time.")
         o = self.objective
         super().__init__(self._all_batches, o.size, dtype=o.dtype, device=o.device)
-        self._block = block
+        self._block = block or _block(o)
         self._keep = len(o.batches) == 1 if keep is None else keep
         self._kept: list[Product] = []
 
@@ -118,10 +120,11 @@ class _Curvature(Operator):
         batches = self.objective.batches
         if self._keep and not self._kept:
             self._kept = [self._prepare(batch) for batch in batches]
-        total = torch.zeros_like(rows)
-        for product in self._kept or map(self._prepare, batches):
-            total += product(rows)
-        return total / len(batches)
+        products = (p(rows) for p in self._kept or map(self._prepare, batches))
+        total = next(products)
+        for product in products:
+            total += product
+        return total if len(batches) == 1 else total / len(batches)
 
 
 class Hessian(_Curvature):
@@ -133,7 +136,9 @@ class Hessian(_Curvature):
     Args:
         model, loss, batches, parameters, dtype, train: As for :class:`Objective`; or an
             ``Objective`` alone in place of the model, to share it between matrices.
-        block: Vectors that go through the graph in one pass; memory grows in proportion.
+        block: Vectors that go through the graph in one pass; memory grows in proportion. ``None``:
+            8 on a GPU; on a processor as many as fit a small network, where the time goes into
+            calls, and 1 for others, where it goes into arithmetic.
         keep: Keep the graphs of all batches between products, which costs the memory of their
             activations; ``None``: with a single batch only. Otherwise they are built anew for each
             block of vectors, at the price of one more gradient.
@@ -429,6 +434,17 @@ _DIAGONALS: dict[type, Callable[[dict[str, Tensor], dict[str, Any]], Tensor]] = 
     torch.optim.RMSprop: _rmsprop,
     torch.optim.Adagrad: lambda state, group: state["sum"].sqrt() + group["eps"],
 }
+
+
+def _block(objective: Objective) -> int:
+    if objective.device.type != "cpu":
+        return 8
+    rows = [
+        len(t)
+        for t in pytree.tree_leaves(objective.batches[0])
+        if isinstance(t, Tensor) and t.dim()
+    ]
+    return max(1, min(32, _SMALL // (objective.size * max(rows, default=1))))
 
 
 def _through(

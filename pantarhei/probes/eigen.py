@@ -91,11 +91,16 @@ def lanczos(
     q = torch.empty(room, operator.size, dtype=operator.dtype, device=operator.device)
     t = torch.zeros(room, room, dtype=torch.float64)
     q[0] = _start(operator, start, generator)
-    m, settled = 0, torch.zeros(0)
+    m, first, settled = 0, 0, torch.zeros(0)
     while True:
-        w, column = _orthogonal(operator @ q[m], q[: m + 1])
+        # The couplings to the vectors before are known; one full pass takes away what is left.
+        w = torch.addmv(operator @ q[m], q[first:m].T, t[first:m, m].to(q), alpha=-1)
+        alpha = q[m] @ w
+        w.addcmul_(q[m], alpha, value=-1)
+        left = q[: m + 1] @ w
+        w.addmv_(q[: m + 1].T, left, alpha=-1)
+        t[m, m] = float(alpha + left[m])
         m += 1
-        t[:m, m - 1] = t[m - 1, :m] = column
         beta = _finite_norm(w)
         ritz = _ritz(t[:m, :m], beta, which)
         scale = float(ritz.values.abs().max())
@@ -113,12 +118,20 @@ def lanczos(
             vectors = q[:m].T @ ritz.vectors[:, :k].to(q)
             finished = good or m == operator.size
             return Eigen(ritz.values[:k], vectors, ritz.residuals[:k], spent, finished)
+        if exhausted:
+            beta = 0.0
         if m == room:
             m = min(room - 1, k + (room - k) // 2)
+            couplings = beta * ritz.vectors[-1, :m]
             q[:m] = ritz.vectors[:, :m].T.to(q) @ q
             t = torch.zeros_like(t)
             t[range(m), range(m)] = ritz.values[:m]
-        q[m] = w / w.norm()
+            t[m, :m] = t[:m, m] = couplings
+            first = 0
+        else:
+            t[m, m - 1] = t[m - 1, m] = beta
+            first = m - 1
+        torch.div(w, w.norm(), out=q[m])
 
 
 def power_iteration(

@@ -77,9 +77,8 @@ def hutch_pp(matrix: Operator | Tensor, products: int = 30, *, seed: int = 0) ->
 
 def random_signs(operator: Operator, columns: int, generator: torch.Generator) -> Tensor:
     """Return random signs (size, columns) on the operator's device."""
-    shape = (columns, operator.size)
-    bits = torch.randint(2, shape, generator=generator, device=operator.device)
-    return (2 * bits - 1).to(operator.dtype).T
+    signs = torch.empty(columns, operator.size, dtype=operator.dtype, device=operator.device)
+    return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).T
 
 
 def _summary(samples: Tensor, exact: float, products: int) -> Trace:

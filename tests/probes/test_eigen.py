@@ -219,3 +219,12 @@ def test_bad_requests_are_one_sentence():
             find(matrix * float("nan"))
     with pytest.raises(RequestError, match="basis=3 is too small"):
         lanczos(matrix, 2, basis=3)
+
+
+def test_an_operator_may_return_its_argument():
+    def scaled(rows):
+        return rows.mul_(1) if rows.dim() == 1 else rows
+
+    identity = Operator(scaled, 12, dtype=torch.float64)
+    assert lanczos(identity, 2).values.tolist() == pytest.approx([1, 1])
+    assert power_iteration(identity, 2).values.tolist() == pytest.approx([1, 1])
