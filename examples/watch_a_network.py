@@ -153,8 +153,9 @@ def reading(watch: Watch) -> list[str]:
     elif late >= 0.6:
         found.append(
             f"sharpness: at the edge of stability from step {edge.reached} on ({late:.0%} of the "
-            "threshold in the last third): the learning rate is as large as this network bears; "
-            "let it fall for the last part of the training."
+            "threshold in the last third): the learning rate sets the curvature here; let it "
+            "fall for the last part of the training, or try a larger one, which finds a flatter "
+            "place or diverges."
         )
     else:
         found.append(
