@@ -195,7 +195,7 @@ class _Rows:
         A weight that is used elsewhere too, or outputs that depend on the other inputs of a batch,
         show here, the cotangent being random. Returns the elements that one input will take.
         """
-        names, pair = self.backprop.served, self.outputs.first_two()
+        names, pair = sorted(self.backprop.served), self.outputs.first_two()
         like = self.pulled
         generator = torch.Generator(like.device).manual_seed(0)
         cotangent = torch.randn(like.shape[1], generator=generator, device=like.device).to(like)
@@ -282,15 +282,16 @@ def _blockwise(sides: list[_Rows], pairs: str, memory: int) -> Tensor:
     shape = {FULL: (n, c, m, c), DIAGONAL: (c, n, m), TRACE: (n, m)}[pairs]
     kernel = left.pulled.new_zeros(shape)
 
+    def at(rows: slice, columns: slice) -> tuple[Any, ...]:
+        return (rows, slice(None), columns) if pairs == FULL else (..., rows, columns)
+
     def place(rows: slice, columns: slice, block: Tensor | None) -> None:
         if block is None:  # no weight that counts reaches these outputs
             return
-        kernel[(rows, slice(None), columns) if pairs == FULL else (..., rows, columns)] = block
+        kernel[at(rows, columns)] = block
         if left is right and rows != columns:
-            place_mirrored = block.permute(2, 3, 0, 1) if pairs == FULL else block.mT
-            kernel[(columns, slice(None), rows) if pairs == FULL else (..., columns, rows)] = (
-                place_mirrored
-            )
+            mirrored = block.permute(2, 3, 0, 1) if pairs == FULL else block.mT
+            kernel[at(columns, rows)] = mirrored
 
     for i in range(0, n, tall):
         rows = slice(i, min(i + tall, n))
@@ -305,7 +306,7 @@ def _blockwise(sides: list[_Rows], pairs: str, memory: int) -> Tensor:
 
 def _dot(one: dict[str, Factor], other: dict[str, Factor], pairs: str) -> Tensor | None:
     total: Tensor | None = None
-    for name in one.keys() & other.keys():
+    for name in [name for name in one if name in other]:
         x, y = one[name], other[name]
         if isinstance(x, Dense) or isinstance(y, Dense):
             product = x.dense().dot(y.dense(), pairs)
@@ -357,7 +358,7 @@ def _flat_rates(rates: Mapping[str, float | Tensor], outputs: Outputs) -> Tensor
     objective = outputs.objective
     return objective.flatten(
         {
-            name: torch.as_tensor(rates[name]).to(p).expand_as(p)
+            name: torch.as_tensor(rates[name], dtype=p.dtype, device=p.device).expand_as(p)
             for name, p in objective.params.items()
         }
     )

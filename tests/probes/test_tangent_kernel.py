@@ -319,6 +319,16 @@ def test_rates_in_every_form():
     torch.testing.assert_close(tk.ntk(model, x, rates=0.0), torch.zeros(4, 4, 2, 2))
 
 
+def test_rates_keep_double_precision():
+    x = torch.ones(1, 3, dtype=DOUBLE)
+    model = nn.Linear(3, 1, bias=False).double()
+    for method in ("layers", "contraction", "products"):
+        assert float(tk.ntk(model, x, rates=0.7, method=method)) == pytest.approx(2.1, rel=1e-15)
+    square = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+    plain, weighed = (tk.differential(square, x[:, :1], rates=r) for r in (1.0, 0.7))
+    assert float(weighed / plain) == pytest.approx(0.49, rel=1e-14)
+
+
 def test_frozen_weights_do_not_count():
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
     chosen = tk.ntk(model, x, parameters=lambda name, p: name.startswith("2"))
