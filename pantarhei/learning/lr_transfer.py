@@ -547,6 +547,8 @@ def _judge(
     for optimum in optima:
         if optimum.at_edge:
             return "cannot tell", f"the best rate at {optimum.size} is the grid's last: extend it."
+    if len(optima) == 1:
+        return "cannot tell", "one size says nothing about others: name a larger one as well."
     largest = max(costs)
     return "transfers", f"the rate {proxy.lr:g} costs at most {100 * largest:.1f} % at any size."
 
