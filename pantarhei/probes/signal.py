@@ -150,7 +150,8 @@ class _InputFunction:
                     return i
             raise RequestError(
                 "no input is floating-point, so there is nothing to differentiate by: give a "
-                "language model inputs_embeds= in place of its tokens."
+                "language model inputs_embeds= in place of its tokens (a Propagation probe does "
+                "without with inputs=0)."
             )
         chosen = kwargs.get(wrt) if isinstance(wrt, str) else dict(enumerate(args)).get(wrt)
         if not isinstance(chosen, Tensor) or not chosen.is_floating_point():
