@@ -36,16 +36,13 @@ def sweep_on(axis: Axes, sweep: Sweep) -> None:
         colour = _colour(i, len(sweep.sizes))
         axis.plot(exponents, table[i], color=colour, label=_name(size, sweep.sizes))
         good = ~np.isnan(table[i])
-        low, high = (f(losses[i][good], axis=1) for f in (np.min, np.max))
-        axis.fill_between(exponents[good], low, high, color=colour, alpha=0.12, lw=0)
+        low, high = (np.where(good, f(losses[i], axis=1), np.nan) for f in (np.min, np.max))
+        axis.fill_between(exponents, low, high, color=colour, alpha=0.12, lw=0)
         if optimum.index is not None:
             axis.plot(exponents[optimum.index], optimum.loss, "o", color=colour, ms=7)
-        gone = exponents[~good]
-        height = 0.985 - 0.022 * i
-        axis.plot(
-            gone, np.full(len(gone), height), "x", color=colour, ms=4, clip_on=False,
-            transform=axis.get_xaxis_transform(),
-        )  # fmt: skip
+        height = np.full(int((~good).sum()), 0.98 - 0.025 * i)
+        place = axis.get_xaxis_transform()
+        axis.plot(exponents[~good], height, "x", color=colour, ms=4, transform=place)
     axis.plot([], [], "x", color="0.3", ms=4, label="diverged")
     axis.set_xlabel(r"$\log_2$ learning rate $\eta_0$")
     axis.legend(fontsize=8, frameon=False)
