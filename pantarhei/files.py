@@ -35,11 +35,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-", suffix=target.suffix)
         os.close(handle)
         temporary = Path(name)
-        # mkstemp makes the file private; a result should have the permissions of any new file.
+        yield temporary
+        # mkstemp makes the file private, and so do writers that put another in its place; a result
+        # should have the permissions of any new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)

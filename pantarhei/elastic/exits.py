@@ -271,6 +271,11 @@ class Exits:
     ) -> Exits:
         """Look the exits up in ``model``, put them in the order in which they run, build heads."""
         exits = (exits,) if isinstance(exits, str) else exits
+        if not isinstance(exits, (Sequence, Mapping)) or not all(isinstance(n, str) for n in exits):
+            raise RequestError(
+                f"exits={exits!r} names no modules: give a tuple of names from "
+                "model.named_modules(), or a mapping from names to heads."
+            )
         modules = dict(model.named_modules())
         for name in exits:
             if name not in modules or not name:

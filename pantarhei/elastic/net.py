@@ -241,6 +241,8 @@ class ElasticNet(nn.Module):
 
     def plan(self, choice: Choice | None = None) -> Plan:
         """Return what ``choice`` means: units kept, views, attributes, skipped blocks and exit."""
+        if choice is not None and not isinstance(choice, Choice):
+            choice = self.space.complete(choice)  # a plain mapping, which has no hash
         plan = self._plans.get(choice)
         if plan is not None:
             return plan
@@ -651,6 +653,11 @@ def elastic(
         raise RequestError(f"rescale={rescale!r} is unknown: use 'sqrt' or None.")
     if not isinstance(model, nn.Module):
         raise RequestError(f"{type(model).__name__} is no torch.nn.Module: give a module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RequestError(
+            "A TorchScript module does not show its operations to Python: give the module that it "
+            "was scripted or traced from."
+        )
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise RequestError("The model has lazy parameters without a shape: run it once first.")
     args, kwargs = as_call(example_inputs)

@@ -174,6 +174,9 @@ class Space:
         """
         if choice is None:
             return self.largest
+        if not isinstance(choice, Mapping):
+            raise RequestError(f"{choice!r} is no choice: pass one such as Choice(width=0.5).")
+        choice = choice if isinstance(choice, Choice) else Choice(choice)
         for name, value in choice.items():
             if name not in self.axes:
                 known = ", ".join(self.axes) or "none"

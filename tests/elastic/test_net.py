@@ -311,6 +311,10 @@ def test_choices_by_position_and_keyword() -> None:
     net = pr.elastic(model, x, width=(0.5, 1.0))
     with torch.no_grad():
         assert torch.equal(net(x, SMALL), net(input=x, choice=SMALL))
+        assert torch.equal(net(x, SMALL), net(x, choice=dict(SMALL)))
+    assert net.cost({"width": 0.5}) == net.cost(SMALL)
+    with pytest.raises(RequestError, match="0.5 is no choice"):
+        net(x, choice=0.5)
     with pytest.raises(RequestError, match="Two choices"):
         net(x, SMALL, choice=SMALL)
 
@@ -475,6 +479,8 @@ def test_latency_is_that_of_the_choice() -> None:
         ({"heads": (0.5, 1.0)}, r"No heads group .*it has: none"),
         ({"norm": "none", "width": (0.5,)}, "'shared' or 'switchable'"),
         ({"exits": ("22",)}, "Did you mean '2'?"),
+        ({"exits": 3}, "tuple of names"),
+        ({"exits": (3,)}, "tuple of names"),
         ({"exits": "5", "depth": (1, 2)}, "No list of residual blocks"),
     ],
 )
@@ -500,6 +506,8 @@ def test_what_cannot_be_wrapped() -> None:
     with pytest.raises(RequestError, match="lazy"):
         pr.elastic(nn.Sequential(nn.LazyLinear(3)), x, width=(0.5, 1.0))
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    with pytest.raises(RequestError, match="TorchScript"):
+        pr.elastic(torch.jit.script(model), x, width=(0.5, 1.0))
     model.lock = threading.Lock()
     with pytest.raises(RequestError, match=r"cannot be copied .*locks"):
         pr.elastic(model, x, width=(0.5, 1.0))

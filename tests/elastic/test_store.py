@@ -48,6 +48,12 @@ def test_comes_back_whole(saved) -> None:
         assert again.cost(choice) == net.cost(choice)
 
 
+def test_others_may_read_it(saved) -> None:
+    _, folder = saved
+    (folder / "new").touch()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_recalibrated_statistics_matter(saved) -> None:
     net, folder = saved
     without = load(folder, build()).eval()
