@@ -313,7 +313,7 @@ def test_choices_by_position_and_keyword() -> None:
         assert torch.equal(net(x, SMALL), net(input=x, choice=SMALL))
         assert torch.equal(net(x, SMALL), net(x, choice=dict(SMALL)))
     assert net.cost({"width": 0.5}) == net.cost(SMALL)
-    with pytest.raises(RequestError, match="0.5 is no choice"):
+    with pytest.raises(RequestError, match=r"0\.5 is no choice"):
         net(x, choice=0.5)
     with pytest.raises(RequestError, match="Two choices"):
         net(x, SMALL, choice=SMALL)
