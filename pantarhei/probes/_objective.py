@@ -399,8 +399,9 @@ def _used(parts: list[Any], replay: Callable[[Mapping[int, Tensor]], Tensor]) ->
 
 
 def _refuse_what_cannot_be_measured(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
-    sharded = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    if sharded or any(type(p.data).__name__ == "DTensor" for p in named.values()):
+    if any(
+        getattr(p, "_fsdp_flattened", False) or hasattr(p, "placements") for p in named.values()
+    ):
         raise RequestError(
             "the model's parameters are sharded (FSDP), and the probes need them whole: load a "
             "checkpoint into an unsharded model and measure that."

@@ -99,14 +99,14 @@ def tridiagonal(operator: Operator, start: Tensor, steps: int) -> Tensor:
             raise RequestError(
                 "a product with the matrix is not finite: look at the loss and the weights."
             )
-        t[:, j, j] = (basis[:, j] * w).sum(1).double().cpu()
+        t[:, j, j] = (basis[:, j] * w).sum(1).cpu().double()
         if j + 1 == steps:
             break
         known = basis[:, : j + 1]
         for _ in range(2):  # once leaves an error of the size of what was taken away
             w = w - torch.einsum("pm,pms->ps", torch.einsum("pms,ps->pm", known, w), known)
         beta = w.norm(dim=1)
-        t_beta = beta.double().cpu()
+        t_beta = beta.cpu().double()
         alive = alive & (t_beta > 10 * eps * t.abs().amax((1, 2)))
         if not alive.any():
             break

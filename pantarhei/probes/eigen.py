@@ -222,7 +222,7 @@ def _orthogonal(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(2):  # once leaves an error of the size of what was taken away
         part = basis @ w
         w = w - part @ basis
-        column += part.double().cpu()
+        column += part.cpu().double()
     return w, column
 
 

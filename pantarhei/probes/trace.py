@@ -82,7 +82,7 @@ def random_signs(operator: Operator, columns: int, generator: torch.Generator) -
 
 
 def _summary(samples: Tensor, exact: float, products: int) -> Trace:
-    samples = samples.double()
+    samples = samples.cpu().double()
     if not samples.isfinite().all():
         raise RequestError("a product with the matrix is not finite: look at the loss and weights.")
     error = float(samples.std() / len(samples) ** 0.5) if len(samples) > 1 else float("nan")

@@ -199,15 +199,20 @@ def test_compiled_models_are_measured_without_their_compiled_code():
 
 
 def test_sharded_parameters_are_refused(tmp_path):
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
-        net = fully_shard(nn.Linear(2, 1))
-        with pytest.raises(RequestError, match="sharded"):
-            Objective(net, mse, (torch.randn(3, 2), torch.randn(3, 1)))
+        inside = nn.Linear(2, 1)
+        cpu = torch.device("cpu")
+        outside = FullyShardedDataParallel(inside, use_orig_params=True, device_id=cpu)
+        for net in (fully_shard(nn.Linear(2, 1)), inside, outside):
+            with pytest.raises(RequestError, match="sharded"):
+                Objective(net, mse, (torch.randn(3, 2), torch.randn(3, 1)))
+        parallel = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        assert Objective(parallel, mse, (torch.randn(3, 2), torch.randn(3, 1))).size == 3
     finally:
         torch.distributed.destroy_process_group()
 
