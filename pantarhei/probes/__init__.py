@@ -1,7 +1,9 @@
 """Instruments for a network as it learns: curvature, tangent kernel, signal propagation.
 
-Every instrument is called on a model, a loss and batches, ``loss(model, batch)`` being what
-``pantarhei.fit`` takes, and leaves the model as it was. Names are imported when first used.
+An instrument that needs the loss is called on a model, a loss and batches, ``loss(model, batch)``
+being what ``pantarhei.fit`` takes; one that needs the outputs alone, on a model and its inputs. All
+leave the model as it was. :class:`Watch` attaches any of them to a training. Names are imported
+when first used.
 """
 
 from __future__ import annotations
@@ -11,42 +13,42 @@ from typing import Any
 
 # name: the module that defines it
 _NAMES = {
-    "Activation": "mean_field",
-    "critical_gain": "mean_field",
-    "critical_point": "mean_field",
-    "susceptibilities": "mean_field",
-    "GaussNewton": "curvature",
-    "Density": "density",
-    "Edge": "stability",
-    "edge_of_stability": "stability",
-    "Eigen": "eigen",
-    "Hessian": "curvature",
     "Objective": "_objective",
+    "GaussNewton": "curvature",
+    "Hessian": "curvature",
     "Operator": "curvature",
     "Preconditioned": "curvature",
-    "Probe": "watch",
     "Residual": "curvature",
-    "Sharpness": "sharpness",
+    "learning_rates": "curvature",
+    "preconditioner": "curvature",
+    "Eigen": "eigen",
+    "lanczos": "eigen",
+    "power_iteration": "eigen",
     "Trace": "trace",
-    "Watch": "watch",
     "hutch_pp": "trace",
     "hutchinson": "trace",
-    "lanczos": "eigen",
+    "Density": "density",
+    "spectral_density": "density",
+    "Edge": "stability",
+    "edge_of_stability": "stability",
+    "step_curvature": "stability",
+    "threshold": "stability",
+    "Probe": "watch",
+    "Watch": "watch",
+    "subset": "watch",
+    "Sharpness": "sharpness",
     "KernelDrift": "kernel_drift",
     "Propagation": "propagation",
     "TangentKernel": "tangent_kernel",
     "ntk": "tangent_kernel",
+    "correlation_length": "signal",
     "jacobian_singular_values": "signal",
     "layer_moments": "signal",
-    "correlation_length": "signal",
     "product_spectrum": "signal",
-    "learning_rates": "curvature",
-    "power_iteration": "eigen",
-    "spectral_density": "density",
-    "step_curvature": "stability",
-    "subset": "watch",
-    "threshold": "stability",
-    "preconditioner": "curvature",
+    "Activation": "mean_field",
+    "critical_gain": "mean_field",
+    "critical_point": "mean_field",
+    "susceptibilities": "mean_field",
 }
 
 
