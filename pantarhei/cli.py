@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from pantarhei.errors import RequestError, nearest
-from pantarhei.learning.commands import deep_linear, generalization
+from pantarhei.learning.commands import deep_linear, effective_theory, generalization, lr_transfer
 
 app = typer.Typer(
     name="pantarhei",
@@ -26,8 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (deep_linear, generalization):
+for group in (deep_linear, generalization, effective_theory):
     app.add_typer(group.app)
+app.command("lr-transfer")(lr_transfer.lr_transfer)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _FAULT = 70

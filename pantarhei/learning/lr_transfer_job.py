@@ -129,7 +129,7 @@ def load_task(data: str, loss: str, batch_size: int, seed: int) -> Task:
 
 def _table(path: str) -> tuple[Tensor, Tensor]:
     from pantarhei.data._read import guarded
-    from pantarhei.learning.deep_linear.job import read_table
+    from pantarhei.data.table import read_table
 
     if not path.lower().endswith(".npz"):
         table = read_table(path)
@@ -248,6 +248,7 @@ def run(
     batch_size: int,
     seeds: int,
     seed: int,
+    regret: float,
     target_width: int | None,
     target_depth: int | None,
     precision: Any,
@@ -275,7 +276,7 @@ def run(
         target_depth or (sweep.sizes[-1].depth if depths else None),
     )
     groups = _groups(make, sizes, target, seed, kind, optimizer, branches)
-    result = Result(sweep, sweep.transfer(), groups)
+    result = Result(sweep, sweep.transfer(regret=regret), groups)
     if folder:
         write_json(folder / "transfer.json", result.to_json())
         from pantarhei.learning._lr_transfer_figures import sweeps

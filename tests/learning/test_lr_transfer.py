@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pantarhei.errors import RequestError
 from pantarhei.files import read_json
 from pantarhei.learning import lr_transfer
-from pantarhei.learning.families import Networks
+from pantarhei.learning.families import Networks, Transformers
 from pantarhei.learning.lr_transfer import Size, Sweep, best_rate, consistency, lr_sweep, power_law
 from pantarhei.learning.parametrization import lazy, random_features
 
@@ -87,6 +87,25 @@ def test_together_is_one_by_one_with_buffers_and_controls(control):
         for way in (True, False)
     ]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_transformer_trains_together():
+    pytest.importorskip("transformers")
+    family = Transformers("gpt2", heads=2, config={"vocab_size": 8, "n_positions": 6})
+    ids = torch.randint(8, (4, 6), generator=torch.Generator().manual_seed(0))
+
+    def next_token(model, batch):
+        return F.cross_entropy(model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    found = [
+        lr_sweep(
+            family, lambda n: ids, next_token, widths=(8, 16), depths=(2,), grid=(0.003, 0.03),
+            steps=3, seeds=1, kind="depth-mup", optimizer="adam", quiet=True, together=way,
+        ).losses()
+        for way in (True, False)
+    ]  # fmt: skip
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
 def test_depth_is_swept_with_its_branches():

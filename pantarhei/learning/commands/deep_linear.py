@@ -83,11 +83,12 @@ def predict(
 
     Which mode is learned when, the plateaus of the loss, and when to stop.
     """
+    from pantarhei.data.table import read_table
     from pantarhei.learning.deep_linear import job
 
     job.check_out(out)
     found = job.learning_curve(
-        job.read_table(data, target or (), classes),
+        read_table(data, target or (), classes),
         hidden=hidden or (),
         start=(start or (Start.small if hidden else Start.zero)).value,
         std=std,
@@ -131,11 +132,12 @@ def depth_sweep(
     json: Json = False,
 ) -> None:
     """Learning time and best rate against depth, from orthogonal, Gaussian and other weights."""
+    from pantarhei.data.table import read_table
     from pantarhei.learning.deep_linear import job
 
     job.check_out(out)
     found = job.depths(
-        None if data is None else job.read_table(data, target or (), classes),
+        None if data is None else read_table(data, target or (), classes),
         size=size,
         low=low,
         high=high,

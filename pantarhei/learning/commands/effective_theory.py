@@ -32,7 +32,7 @@ def analyse(
 ) -> None:
     """Universality class and critical initialisation of activations."""
     from pantarhei.learning.effective_theory import job
-    from pantarhei.learning.generalization.job import check_out, deliver
+    from pantarhei.learning.outcome import check_out, deliver
 
     check_out(out)
     deliver(job.analyse(activations, gamma), out, json)
@@ -54,7 +54,7 @@ def init(
 ) -> None:
     """Initialise a model critically; print its layers with their SGD rates."""
     from pantarhei.learning.effective_theory import job
-    from pantarhei.learning.generalization.job import deliver
+    from pantarhei.learning.outcome import deliver
 
     job.check_weights(out)
     deliver(job.init(model, activation, gamma, x2, seed, out), None, json)
@@ -76,7 +76,7 @@ def vertex(
 ) -> None:
     """Finite-width statistics layer by layer: theory, and random networks beside it."""
     from pantarhei.learning.effective_theory import job
-    from pantarhei.learning.generalization.job import check_out, deliver
+    from pantarhei.learning.outcome import check_out, deliver
 
     check_out(out)
     found = job.vertex(
@@ -98,6 +98,6 @@ def advise(
 ) -> None:
     """Say how wide and deep a network with this activation should be."""
     from pantarhei.learning.effective_theory import job
-    from pantarhei.learning.generalization.job import deliver
+    from pantarhei.learning.outcome import deliver
 
     deliver(job.advice(activation, outputs, depth, width, gamma, networks, seed, json), None, json)

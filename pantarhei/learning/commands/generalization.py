@@ -60,12 +60,13 @@ def curve(
     json: Json = False,
 ) -> None:
     """Training and test error over time."""
+    from pantarhei.learning import outcome
     from pantarhei.learning.generalization import job
 
-    job.check_out(out)
+    outcome.check_out(out)
     table = None if data is None else job.read_table(data, target, not raw)
     found = job.curve(table, alpha or [0.5, 1.0, 2.0], snr, inr, until, points)
-    job.deliver(found, out, json)
+    outcome.deliver(found, out, json)
 
 
 @app.command()
@@ -87,12 +88,13 @@ def stop(
     json: Json = False,
 ) -> None:
     """When to stop a linear model trained by gradient descent."""
+    from pantarhei.learning import outcome
     from pantarhei.learning.generalization import job
 
-    job.check_out(out)
+    outcome.check_out(out)
     table = None if data is None else job.read_table(data, target, not raw)
     found = job.stop(table, alpha or [0.5, 1.0, 2.0], snr or [], inr, lr, loss.value, batch_size)
-    job.deliver(found, out, json)
+    outcome.deliver(found, out, json)
 
 
 @app.command("width-sweep")
@@ -147,9 +149,10 @@ def _sweep(
     json: bool,
     **options: float,
 ) -> None:
+    from pantarhei.learning import outcome
     from pantarhei.learning.generalization import job
 
-    job.check_out(out)
+    outcome.check_out(out)
     table = None if data is None else job.read_table(data, target, not raw)
     found = job.sweep(table, width or [], bounds=bounds, quiet=json, **options)  # type: ignore[arg-type]
-    job.deliver(found, out, json)
+    outcome.deliver(found, out, json)

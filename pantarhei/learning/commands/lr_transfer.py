@@ -64,6 +64,9 @@ def lr_transfer(
     batch_size: Annotated[int, typer.Option(help="Rows per update.", min=1)] = 128,
     seeds: Annotated[int, typer.Option(help="Initial weights to average over.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="The first of their seeds.", min=0)] = 0,
+    regret: Annotated[
+        float, typer.Option(help="Largest cost, relative to the best loss, of a rate that serves.")
+    ] = 0.03,
     target_width: Annotated[
         int | None, typer.Option(help="Print the rates of a model this wide.", min=1)
     ] = None,
@@ -98,6 +101,7 @@ def lr_transfer(
         batch_size=batch_size,
         seeds=seeds,
         seed=seed,
+        regret=regret,
         target_width=target_width,
         target_depth=target_depth,
         precision=precision.value,

@@ -21,7 +21,7 @@ from pantarhei.learning.effective_theory.training import (
     rates,
     weighted_layers,
 )
-from pantarhei.learning.generalization.job import Outcome
+from pantarhei.learning.outcome import Outcome
 from pantarhei.probes.mean_field import Activation, critical_gain, critical_point
 
 if TYPE_CHECKING:

@@ -7,18 +7,15 @@ writes where ``--out`` says; a file that is there is never replaced.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pantarhei.errors import RequestError, nearest
-from pantarhei.files import atomic
+from pantarhei.data.table import read_table as read_columns
+from pantarhei.errors import RequestError
 from pantarhei.learning.generalization.estimate import Loss, Stopping, stopping_time
-from pantarhei.learning.generalization.flow import pair
 from pantarhei.learning.generalization.spectrum import Array
 from pantarhei.learning.generalization.theory import (
     optimal_time,
@@ -26,21 +23,10 @@ from pantarhei.learning.generalization.theory import (
     test_error,
     train_error,
 )
+from pantarhei.learning.outcome import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_SUFFIXES = (".csv", ".png", ".svg")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job found: ``rows`` for a table, ``facts`` beside it, and how to draw it."""
-
-    title: str
-    rows: Sequence[Mapping[str, Any]]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    draw: Callable[[], Figure] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,22 +40,23 @@ class Table:
 
 
 def read_table(path: str, target: str | None = None, standardise: bool = True) -> Table:
-    """Read a CSV file with a header (``target`` names a column, the last by default), or an NPZ.
+    """Read a table with one target (``target`` names a CSV's column, the last by default).
 
-    An ``.npz`` holds ``X`` (P, N) and ``y`` (P,). A target of two words counts as -1 and 1.
-    ``standardise`` scales each input to mean 0 and variance 1; one that does not vary is left out.
+    A target of two words counts as -1 and 1. ``standardise`` scales each input to mean 0 and
+    variance 1; one that does not vary is left out.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise RequestError(f"'{path}' is not a file: name a CSV table or an .npz with X and y.")
-    if file.suffix.lower() == ".npz":
-        from pantarhei.data._read import guarded
-
-        with guarded(file), np.load(file, allow_pickle=False) as arrays:
-            inputs, targets = pair(arrays["X"], arrays["y"].reshape(-1))
-        names, target = tuple(f"x{i}" for i in range(inputs.shape[1])), "y"
+    read = read_columns(path, () if target is None else (target,))
+    name = read.target_names[0].partition("=")[0]
+    if read.targets.shape[1] == 2 and read.target_names[0] != name:
+        targets = read.targets[:, 1] - read.targets[:, 0]
+    elif read.targets.shape[1] == 1:
+        targets = read.targets[:, 0]
     else:
-        inputs, targets, names, target = _read_csv(file, target)
+        raise RequestError(
+            f"'{path}' has {read.targets.shape[1]} targets or classes: give one number, or two "
+            "words, a row."
+        )
+    inputs, names = read.inputs, read.input_names
     if standardise:
         spread = inputs.std(0)
         kept = spread > 0
@@ -77,53 +64,7 @@ def read_table(path: str, target: str | None = None, standardise: bool = True) -
             raise RequestError(f"no input of '{path}' varies: there is nothing to learn from.")
         inputs = (inputs[:, kept] - inputs[:, kept].mean(0)) / spread[kept]
         names = tuple(name for name, keep in zip(names, kept, strict=True) if keep)
-    return Table(inputs, targets, names, target)
-
-
-def _read_csv(file: Path, target: str | None) -> tuple[Array, Array, tuple[str, ...], str]:
-    from pantarhei.data._read import guarded
-
-    with guarded(file), file.open(newline="", encoding="utf-8-sig") as handle:
-        header, *rows = [row for row in csv.reader(handle) if row]
-    if len(header) < 2 or not rows:
-        raise RequestError(f"'{file}' needs a header, an input, a target and rows of them.")
-    if any(len(row) != len(header) for row in rows):
-        number = next(i for i, row in enumerate(rows) if len(row) != len(header))
-        raise RequestError(
-            f"row {number + 1} of '{file}' has {len(rows[number])} fields and the header "
-            f"{len(header)}: mend it."
-        )
-    target = header[-1] if target is None else target
-    if target not in header:
-        raise RequestError(f"'{file}' has no column '{target}'.{nearest(target, header)}")
-    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    if len(columns) < len(header):
-        raise RequestError(f"'{file}' names a column twice: rename one.")
-    words = sorted(set(columns[target]))
-    if len(words) == 2 and not all(map(_is_number, words)):
-        targets = np.array([1.0 if word == words[1] else -1.0 for word in columns[target]])
-    else:
-        targets = _column(file, target, columns[target])
-    names = tuple(name for name in header if name != target)
-    inputs = np.stack([_column(file, name, columns[name]) for name in names], 1)
-    return inputs, targets, names, target
-
-
-def _column(file: Path, name: str, values: Sequence[str]) -> Array:
-    for number, value in enumerate(values):
-        if not _is_number(value):
-            raise RequestError(
-                f"column '{name}' of '{file}' holds '{value[:40]}' in row {number + 1}: give "
-                "finite numbers, or leave the column out."
-            )
-    return np.array([float(value) for value in values])
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False
+    return Table(inputs, targets, names, name)
 
 
 def curve(
@@ -330,63 +271,3 @@ def _split(table: Table, test_share: float, seed: int) -> Any:
     y = (table.targets - table.targets[train].mean())[:, None]
     parts = (table.inputs[train], y[train], table.inputs[test], y[test])
     return Task(*(from_numpy(np.ascontiguousarray(part)) for part in parts))  # type: ignore[arg-type]
-
-
-def deliver(outcome: Outcome, out: str | None, json: bool) -> None:
-    """Print an outcome, as a table or JSON, and write it to ``out`` (CSV, PNG or SVG)."""
-    from pantarhei import report
-
-    if out is not None:
-        _write(outcome, Path(out))
-    rows = [{k: _plain(v) for k, v in row.items()} for row in outcome.rows]
-    facts = {key: _plain(value) for key, value in outcome.facts.items()}
-    if json:
-        report.emit_json({"title": outcome.title, **facts, "rows": rows})
-        return
-    columns = list(rows[0])
-    shown = ([_text(row[key]) for key in columns] for row in rows)
-    report.emit(report.table(outcome.title, columns, shown))
-    if facts:
-        report.emit(report.table(None, ("", "value"), ((k, _text(v)) for k, v in facts.items())))
-    if out is not None:
-        report.emit(f"Written to {out}.")
-
-
-def check_out(out: str | None) -> None:
-    """Refuse, before the work is done, a file that could not be written."""
-    if out is None:
-        return
-    if Path(out).suffix.lower() not in _SUFFIXES:
-        raise RequestError(f"'{out}' has no known ending: choose {', '.join(_SUFFIXES)}.")
-    if Path(out).exists():
-        raise RequestError(f"'{out}' exists already: name another file.")
-
-
-def _write(outcome: Outcome, path: Path) -> None:
-    if path.suffix.lower() == ".csv":
-        with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, list(outcome.rows[0]))
-            writer.writeheader()
-            writer.writerows(outcome.rows)
-        return
-    if outcome.draw is None:
-        raise RequestError(f"this result is a table and has no picture: write '{path}' as .csv.")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    with atomic(path) as temporary:
-        outcome.draw().savefig(temporary, dpi=150)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON has: what is not finite becomes text."""
-    if isinstance(value, str):
-        return value
-    number = float(value)
-    if not np.isfinite(number):
-        return str(number)
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.5g}"

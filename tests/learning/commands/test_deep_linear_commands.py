@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from pantarhei.data.table import read_table
 from pantarhei.errors import RequestError
 from pantarhei.learning import deep_linear as dl
 from pantarhei.learning.commands.deep_linear import app
-from pantarhei.learning.deep_linear.job import read_table
 
 
 def run(*arguments):
