@@ -2,7 +2,8 @@
 
 The story: a network is trained sorted (SortedNet), ordinarily (full size alone) and by the sandwich
 rule with in-place distillation, on the same data and from the same start; a few sub-networks are
-also trained alone. Every sub-network of every training is then measured once. The claims compare.
+also trained alone, and at ``cpu`` sorted training with 1 and 4 draws an update stands beside. Every
+sub-network of every training is then measured once. The claims compare.
 
 Figures for cifar10 are made with a JPEG-75 copy of the data set.
 """
@@ -106,6 +107,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "studies": ("digits",),
         "updates": (400,),
         "g_acc": 2,
+        "beside": (),
         "batch_size": 64,
         "lr": (4e-3,),
         "precision": ("32",),
@@ -119,6 +121,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "studies": ("mnist", "cifar10"),
         "updates": (2000, 2000),
         "g_acc": 2,
+        "beside": ("mnist g_acc 1", "mnist g_acc 4"),  # as many updates: half and twice the data
         "batch_size": 128,
         "lr": (2e-3, 2e-3),
         "precision": ("32", "bf16"),
@@ -131,6 +134,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "studies": ("cifar10-mobilenet",),
         "updates": (19_500,),
         "g_acc": 2,
+        "beside": (),
         "batch_size": 256,
         "lr": (2e-3,),
         "precision": ("bf16",),
@@ -156,7 +160,9 @@ def recipe(run: Run) -> Iterator[Claim]:
     for index, name in enumerate(run.settings.studies):
         study = Study.of(run, name, index)
         nets, fronts = {}, {}
-        for training in ("sorted", "ordinary", "sandwich"):
+        prefix = f"{name} "
+        others = [b.removeprefix(prefix) for b in run.settings.beside if b.startswith(prefix)]
+        for training in ("sorted", "ordinary", "sandwich", *others):
             nets[training] = study.train(training)
             fronts[training] = study.measure(training, nets[training])
         alone = study.train_alone(fronts["ordinary"])
@@ -272,15 +278,23 @@ class Study:
         return elastic(model or self.network(), self.test[0][0][:1], **self.axes)
 
     def train(self, training: str) -> ElasticNet:
-        """Train the whole network ``"sorted"``, ``"ordinary"`` or by the rule of the sandwich."""
+        """Train the whole network ``"sorted"``, ``"ordinary"``, or as one of the rivals.
+
+        Those are ``"sandwich"`` and sorted training with another number of draws in an update
+        (``"g_acc 4"``).
+        """
         from pantarhei.compute.sorted_training import sorted_fit
         from pantarhei.elastic.samplers import Cycle, DistilledLoss, SampledLoss, Sandwich, Uniform
+        from pantarhei.errors import RequestError
 
         net = self.elastic()
         g_acc, updates = self.run.settings.g_acc, self.updates
         loss: Any = SampledLoss()
         sampler: Sampler = Uniform(net.space, self.run.seed)
-        if training == "ordinary":
+        kind, _, draws = training.partition(" ")
+        if kind == "g_acc" and draws.isdecimal():
+            g_acc = int(draws)
+        elif training == "ordinary":
             sampler = Cycle([net.space.largest])
         elif training == "sandwich":
             # k = 2 random ones a step, and as many updates as cost what sorted training costs
@@ -289,6 +303,8 @@ class Study:
             full, least = net.cost().macs, net.cost(net.space.smallest).macs
             share = self.run.settings.g_acc * uniform / (full + 2 * uniform + least)
             updates = max(1, round(updates * share))
+        elif training != "sorted":
+            raise RequestError(f"'{training}' is no training to stand beside: try 'g_acc 4'.")
         sorted_fit(
             net,
             self.batches,

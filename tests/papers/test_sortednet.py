@@ -49,9 +49,25 @@ def test_a_tiny_run_measures_every_claim_and_leaves_its_evidence(tmp_path):
     assert copies.measured == 1.0
 
 
+def test_other_numbers_of_draws_stand_beside(tmp_path):
+    with tiny(tmp_path / "run", beside=("digits g_acc 1", "mnist g_acc 4")) as run:
+        result = execute(run)
+    grid = list(csv.DictReader((result.dir / "digits-grid.csv").open()))
+    assert "g_acc 4" not in grid[0]
+    assert all(0 <= float(row["g_acc 1"]) <= 1 for row in grid)
+    with tiny(tmp_path / "other") as run:
+        study = sortednet.Study.of(run, "digits", 0)
+        two, one = study.train("sorted"), study.train("g_acc 1")
+    assert not torch.equal(two.model.head.weight, one.model.head.weight)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
-    [({"studies": ("imagenet",)}, "not a study"), ({"updates": (2, 3)}, "give one for each")],
+    [
+        ({"studies": ("imagenet",)}, "not a study"),
+        ({"updates": (2, 3)}, "give one for each"),
+        ({"beside": ("digits more",)}, "no training to stand beside"),
+    ],
 )
 def test_bad_settings_are_refused(tmp_path, changes, sentence):
     with tiny(tmp_path / "run", **changes) as run, pytest.raises(RequestError, match=sentence):
