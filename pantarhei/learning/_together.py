@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pantarhei._fit_random import mix, own_randomness, seed_all
 from pantarhei.errors import RequestError
@@ -195,7 +196,8 @@ class _Stack:
             named = {f"model.{name}": t for name, t in {**constants, **weights}.items()}
             return functional_call(self.module, named, (batch,))
 
-        with self.plan.autocast():
+        # the fused attention kernels have no batching rule
+        with self.plan.autocast(), sdpa_kernel(SDPBackend.MATH):
             return vmap(one, randomness="different")(dict(weights), self.constants)
 
     @torch.no_grad()

@@ -454,6 +454,8 @@ def _train(
     starts: Sequence[Parametrized], grid: Sequence[float], plan: Plan, together: bool | None
 ) -> list[list[Outcome]]:
     """Train together, or one by one where that is asked for or the model asks for it."""
+    pairs = [(start, lr) for start in starts for lr in grid]
+    flat: list[Outcome] = []
     if together is not False:
         try:
             return train_together(starts, grid, plan)
@@ -464,9 +466,11 @@ def _train(
                 raise RequestError(
                     f"the model cannot train under torch.func.vmap ({error}): leave together out."
                 ) from error
+            flat.append(train_alone(*pairs[0], plan))  # a model that fails here too says why
             first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             warnings.warn(f"trainings run one by one, not together: {first}", stacklevel=3)
-    return [[train_alone(start, lr, plan) for lr in grid] for start in starts]
+    flat += [train_alone(start, lr, plan) for start, lr in pairs[len(flat) :]]
+    return [flat[i : i + len(grid)] for i in range(0, len(flat), len(grid))]
 
 
 def _rows(

@@ -157,7 +157,7 @@ def _loss(name: str, example: Any) -> Loss:
         return load_function(name, "--loss")
     if name not in ("auto", "cross-entropy", "mse"):
         raise RequestError(
-            f"--loss '{name}' is none of auto, cross-entropy, mse, file.py:function."
+            f"--loss '{name}' is unknown: choose auto, cross-entropy, mse or file.py:function."
         )
     target = example[1] if isinstance(example, tuple | list) and len(example) == 2 else None
     if not isinstance(target, Tensor):
@@ -265,12 +265,19 @@ def run(
     folder = _folder(out, resume)
     task = load_task(data, loss, batch_size, seed)
     branches = tuple(branches or getattr(make, "branches", ()))
-    sweep = lr_sweep(
-        make, task.batches, task.loss, widths=wide, depths=deep, grid=rates, steps=steps, kind=kind,
-        optimizer=optimizer, branches=branches, weight_decay=weight_decay, momentum=momentum,
-        evaluate=task.evaluate, seeds=seeds, seed=seed, precision=precision, device=device,
-        checkpoint=folder / "sweep.json" if folder else None, quiet=quiet, label="lr-transfer",
-    )  # fmt: skip
+    try:
+        sweep = lr_sweep(
+            make, task.batches, task.loss, widths=wide, depths=deep, grid=rates, steps=steps,
+            kind=kind, optimizer=optimizer, branches=branches, weight_decay=weight_decay,
+            momentum=momentum, evaluate=task.evaluate, seeds=seeds, seed=seed,
+            precision=precision, device=device, quiet=quiet, label="lr-transfer",
+            checkpoint=folder / "sweep.json" if folder else None,
+        )  # fmt: skip
+    except RequestError:
+        raise
+    except Exception as error:  # of the user's model, loss or data
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RequestError(f"'{factory}' cannot be trained on '{data}' ({reason}).") from error
     target = Size(
         target_width or (sweep.sizes[-1].width if widths else None),
         target_depth or (sweep.sizes[-1].depth if depths else None),
