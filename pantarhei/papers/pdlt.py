@@ -523,7 +523,7 @@ def draw_criticality(run: Run, rows: list[dict[str, Any]]) -> None:
         axes.axhline(0.1, color="0.7", lw=1, zorder=0)
         axes.set(title=name, xlabel="C_W / critical C_W", xticks=[0.6, 1.0, 1.6], ylim=(0, 1.03))
     figure.axes[0].set_ylabel("train accuracy")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="center right")
     run.figure("criticality", figure)
 
 

@@ -212,8 +212,11 @@ class Activation:
         terms = max(a.shape[1], b.shape[1])
         a, b = (F.pad(c, (0, terms - c.shape[1])) for c in (a, b))
         out = torch.zeros_like(rho)
-        for k in reversed(range(terms)):
-            out.mul_(rho).addcmul_(a[:, k, None], b[None, :, k])
+        # Horner's rule, on as many rows at a time as a processor's cache holds.
+        size = max(1, 2**16 // max(1, rho.shape[1]))
+        for part, ratio, left in zip(out.split(size), rho.split(size), a.split(size), strict=True):
+            for k in reversed(range(terms)):
+                part.mul_(ratio).addcmul_(left[:, k, None], b[None, :, k])
         return out
 
     def _hermite(self, K: Tensor, order: int) -> Tensor:
