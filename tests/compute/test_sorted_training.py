@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pantarhei.compute.sorted_training import sorted_fit, touched_only
+from pantarhei.data import load
 from pantarhei.elastic.net import elastic
 from pantarhei.elastic.samplers import Cycle, DistilledLoss, SampledLoss, Sandwich
 from pantarhei.elastic.space import Choice
@@ -93,6 +94,20 @@ def test_summation_is_the_mean_of_single_gradients():
     single = [gradients(net, (data(), choice)) for choice in net.space]
     for name, value in together.items():
         torch.testing.assert_close(value, torch.stack([g[name] for g in single]).mean(0))
+
+
+def test_summation_over_depths_is_the_loss_of_one_pass():
+    """SoFT (Sorted LLaMA): every depth reads the one pass through the shared norm and head."""
+    (x, y), deep = data(), Residual(depth=5)
+    net = elastic(Residual(depth=5), x[:1], depth=(1, 2, 3, 4, 5))
+    summed = gradients(net, ((x, y), list(net.space)))
+    hidden, losses = deep.stem(x), []
+    for block in deep.blocks:
+        hidden = block(hidden)
+        losses.append(F.cross_entropy(deep.head(deep.norm(hidden)), y))
+    torch.stack(losses).mean().backward()
+    for name, p in deep.named_parameters():
+        torch.testing.assert_close(summed[name], p.grad)
 
 
 def test_accumulating_shards_of_one_choice_is_the_large_batch():
@@ -179,6 +194,31 @@ def test_batch_statistics_are_the_analytic_ones():
     sigma = (variance / 60_000).sqrt()
     assert ((norm.running_mean - (weight @ mean + bias)).abs() < 5 * sigma).all()
     torch.testing.assert_close(norm.running_var, variance, rtol=0.04, atol=0)
+
+
+def test_recalibrating_the_full_network_keeps_its_accuracy():
+    torch.manual_seed(0)
+    digits = load("digits")
+    x = torch.from_numpy(digits.train_images).float()[:, None] / 255
+    y = torch.from_numpy(digits.train_labels)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    batches = Batches(x, y, batch_size=64)
+    net = elastic(model, x[:1], width=(0.5, 1.0))
+    only = Cycle([net.space.largest])  # its running statistics belong to it
+    sorted_fit(net, batches, steps=400, lr=1e-2, sampler=only, recalibrate=0, schedule="cosine",
+               quiet=True)  # fmt: skip
+    net.eval()
+
+    def points():
+        with torch.no_grad():
+            return 100 * (net(x).argmax(-1) == y).double().mean().item()
+
+    before = points()
+    net.recalibrate(None, [batches(n)[0] for n in range(20)])
+    assert net.statistics and abs(points() - before) <= 0.2 and before > 90
 
 
 # --- touched_only ------------------------------------------------------------------------------
