@@ -57,10 +57,10 @@ class Vertices:
 
     @property
     def feature_learning(self) -> Tensor:
-        r"""The dimensionless strength of feature learning :math:`-QK/\Theta^2` and so on.
+        r"""The dimensionless strength of feature learning at each layer, over n still.
 
-        The larger of :math:`|P K|/\Theta^2` and :math:`|Q K|/\Theta^2`; over n, it is how much one
-        unit of learning moves the tangent kernel.
+        The larger of :math:`|P| K/\Theta^2` and :math:`|Q| K/\Theta^2`; divided by n it is how far
+        learning at order one moves the tangent kernel, and grows as L/n.
         """
         if self.P is None or self.Q is None:
             raise RequestError("Vertices with a residual branch have no P and Q: use gamma=0.")
