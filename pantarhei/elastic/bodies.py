@@ -49,6 +49,7 @@ class Plan:
     exit_macs: list[int] = field(default_factory=list)  # filled when they are first asked for
 
 
+_GONE = (KeyError, RuntimeError)  # a tensor is no longer there, or has no memory in a transform
 Key: TypeAlias = tuple[Plan, bool, bool, bool]  # evaluate? net.training? with gradients?
 
 
@@ -108,14 +109,20 @@ class _Seen(NamedTuple):
     children: list[list[nn.Module | None]]
     again: list[_Again]
 
+    def same_tensors(self) -> bool:
+        """Say whether the full tensors are still the same, in the same memory."""
+        now = list(map(operator.getitem, self.tables, self.slots))
+        # the body's views keep the memory alive: no other tensor can have come to lie there
+        return (
+            all(map(operator.is_, now, self.tensors))
+            and list(map(Tensor.data_ptr, now)) == self.memory
+        )
+
     def lasts(self, statistics: Mapping[str, Tensor] | None) -> bool:
         """Say whether the model is still the same, as far as the choice runs it."""
-        now = list(map(operator.getitem, self.tables, self.slots))
         return (
             statistics is self.statistics
-            and all(map(operator.is_, now, self.tensors))
-            # the body's views keep the memory alive: no other tensor can have come to lie there
-            and list(map(Tensor.data_ptr, now)) == self.memory
+            and self.same_tensors()
             and list(map(operator.call, self.readers, self.attributes)) == self.values
             and list(map(len, self.theirs)) == self.sizes
             and not any(self.unhooked)
@@ -251,13 +258,27 @@ class Body(Root):
         try:
             if self.seen is None or not self.seen.lasts(statistics):
                 return False
-        except (KeyError, RuntimeError):  # a tensor is gone, or has no memory in a transform
+        except _GONE:
             return False
         for again in self.seen.again:
             tensor = cut_down(self.seen.tensors[again.source], again.cuts, again.scale)
             for at in again.places:
                 self.tables[at][self.slots[at]] = self.held[at] = tensor
         return True
+
+    def outlived(self) -> bool:
+        """Say whether it holds on to tensors that the model has no longer."""
+        try:
+            return self.seen is not None and not self.seen.same_tensors()
+        except _GONE:
+            return True
+
+    def let_go(self) -> None:
+        """Hold nothing, so that memory which the model has left is free."""
+        self.seen = None
+        for table, slot in zip(self.tables, self.slots, strict=True):
+            table[slot] = None
+        self.held = [None] * len(self.held)
 
     def settle(self) -> None:
         """Keep a buffer that the forward pass replaced (rather than changed) where it belongs."""
@@ -342,6 +363,8 @@ class Bodies:
         body = _last(self.bound.get(key))
         if body is not None and body.take(net.statistics_of(key[0].choice, key[1])):
             return body
+        if body is not None and body.outlived():
+            self._let_all_go()
         remember = key in self.known
         if len(self.known) > MODULES:
             self.known.clear()
@@ -351,6 +374,14 @@ class Bodies:
             if body.bind(net, key, remember):
                 return body
             body = None
+
+    def _let_all_go(self) -> None:
+        """Let go of weights that were replaced; otherwise idle bodies would keep them in memory."""
+        for key in list(self.bound):
+            idle = self.bound.pop(key, None)
+            while (body := _last(idle)) is not None:
+                body.let_go()
+                self.loose.append(body)
 
     def _oldest(self, net: ElasticNet) -> Body | None:
         """Return the body that has waited longest if no more may be made."""

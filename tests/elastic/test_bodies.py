@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -261,6 +263,26 @@ def test_bodies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert torch.equal(net(x, choice), want)
     pool = net._bodies
     assert sum(map(len, pool.bound.values())) + len(pool.loose) <= 6
+
+
+def test_weights_that_were_replaced_are_not_kept_in_memory() -> None:
+    model, net, x = wrapped()
+    memory = np.zeros(tuple(model.head.weight.shape), dtype=np.float32)
+    model.head.weight.data = torch.from_numpy(memory)
+    alive = weakref.ref(memory)
+    del memory
+    with torch.no_grad():
+        for _ in range(3):
+            for choice in net.space:
+                net(x, choice)
+        gc.collect()
+        assert alive() is not None
+        model.head.weight.data = torch.randn_like(model.head.weight)
+        assert torch.equal(net(x, SMALL), net.extract(SMALL)(x))
+        gc.collect()
+        assert alive() is None
+        for choice in net.space:
+            assert torch.equal(net(x, choice), net.extract(choice)(x))
 
 
 def test_bodies_come_back_when_the_graph_is_gone() -> None:
