@@ -546,7 +546,10 @@ def _judge(
             reason = f"the best rate moved by a factor of 2^{moved:g} at {optimum.size}."
             return "does not transfer", reason
         if cost > regret:
-            reason = f"the rate {proxy.lr:g} costs {100 * cost:.1f} % at {optimum.size}."
+            reason = (
+                f"the rate {proxy.lr:g} costs {100 * cost:.1f} % at {optimum.size}, whose best "
+                f"rate is {optimum.lr:g}."
+            )
             return "does not transfer", reason
     for optimum in optima:
         if optimum.at_edge:
