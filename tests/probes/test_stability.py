@@ -40,6 +40,7 @@ def adaptive(kind, **options):
         adaptive(torch.optim.RMSprop, momentum=0.7),
         adaptive(torch.optim.Adagrad),
         adaptive(torch.optim.NAdam, momentum_decay=1.0),
+        adaptive(torch.optim.Adamax),
     ],
 )
 @pytest.mark.parametrize(("factor", "stable"), [(0.98, True), (1.02, False)])
