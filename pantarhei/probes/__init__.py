@@ -9,7 +9,45 @@ when first used.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pantarhei.probes._objective import Objective as Objective
+    from pantarhei.probes.curvature import GaussNewton as GaussNewton
+    from pantarhei.probes.curvature import Hessian as Hessian
+    from pantarhei.probes.curvature import Operator as Operator
+    from pantarhei.probes.curvature import Preconditioned as Preconditioned
+    from pantarhei.probes.curvature import Residual as Residual
+    from pantarhei.probes.curvature import learning_rates as learning_rates
+    from pantarhei.probes.curvature import preconditioner as preconditioner
+    from pantarhei.probes.density import Density as Density
+    from pantarhei.probes.density import spectral_density as spectral_density
+    from pantarhei.probes.eigen import Eigen as Eigen
+    from pantarhei.probes.eigen import lanczos as lanczos
+    from pantarhei.probes.eigen import power_iteration as power_iteration
+    from pantarhei.probes.kernel_drift import KernelDrift as KernelDrift
+    from pantarhei.probes.mean_field import Activation as Activation
+    from pantarhei.probes.mean_field import critical_gain as critical_gain
+    from pantarhei.probes.mean_field import critical_point as critical_point
+    from pantarhei.probes.mean_field import susceptibilities as susceptibilities
+    from pantarhei.probes.propagation import Propagation as Propagation
+    from pantarhei.probes.sharpness import Sharpness as Sharpness
+    from pantarhei.probes.signal import correlation_length as correlation_length
+    from pantarhei.probes.signal import jacobian_singular_values as jacobian_singular_values
+    from pantarhei.probes.signal import layer_moments as layer_moments
+    from pantarhei.probes.signal import product_spectrum as product_spectrum
+    from pantarhei.probes.stability import Edge as Edge
+    from pantarhei.probes.stability import edge_of_stability as edge_of_stability
+    from pantarhei.probes.stability import step_curvature as step_curvature
+    from pantarhei.probes.stability import threshold as threshold
+    from pantarhei.probes.tangent_kernel import TangentKernel as TangentKernel
+    from pantarhei.probes.tangent_kernel import ntk as ntk
+    from pantarhei.probes.trace import Trace as Trace
+    from pantarhei.probes.trace import hutch_pp as hutch_pp
+    from pantarhei.probes.trace import hutchinson as hutchinson
+    from pantarhei.probes.watch import Probe as Probe
+    from pantarhei.probes.watch import Watch as Watch
+    from pantarhei.probes.watch import subset as subset
 
 # name: the module that defines it
 _NAMES = {
