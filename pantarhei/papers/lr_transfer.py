@@ -113,8 +113,9 @@ CLAIMS = (
 )
 
 # Exponents of two bound the grids. NTP's best rate is far above muP's, and at its grid's upper end
-# in the sheet's trial: its own grid goes higher. Measured on one AVX-512 core, cpu: muP and NTP
-# sweeps 5 minutes each, the rest 8.
+# in the sheet's trial: its own grid goes higher. The edge's rate and steps come from a short trial of
+# one narrow network. The cpu scale has not been run to its end yet: about 20 minutes of one core, to
+# judge by single steps.
 SETTINGS: dict[str, dict[str, Any]] = {
     "quick": {
         "data": "digits",
