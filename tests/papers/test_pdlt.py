@@ -22,7 +22,7 @@ TINY = {
     "networks": 8,
     "differentials": 4,
     "chains": 50,
-    "deep_chains": (20, 20, 20),
+    "deep_chains": 20,
     "widths": (50, 100),
     "depth": 9,
     "ratios": (0.04, 0.08),
@@ -34,7 +34,6 @@ TINY = {
     "kernel_depths": (2, 3),
     "kernel_networks": 2,
     "kernel_inputs": 6,
-    "kernel_steps": 300,
 }
 
 
