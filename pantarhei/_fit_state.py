@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -247,7 +246,7 @@ class Store:
         if rank == 0:
             facts = {"settings": self.settings, **facts}
             checkpoints.write_facts(self.root, state.step, facts, digests)
-            _write_csv(self.root / "metrics.csv", state.history)
+            files.write_csv(self.root / "metrics.csv", state.history)
 
 
 def sharded(fabric: Fabric) -> bool:
@@ -267,12 +266,3 @@ def plain_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
         {k: v for k, v in group.items() if k != "params" and isinstance(v, plain)}
         for group in optimizer.param_groups
     ]
-
-
-def _write_csv(path: Path, rows: Iterable[Mapping[str, float]]) -> None:
-    rows = list(rows)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with files.atomic(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -30,6 +30,8 @@ from torch.utils.data import DataLoader
 
 from pantarhei import _fit_checkpoint as checkpoints
 from pantarhei._fit_loader import Loader
+from pantarhei._fit_loss import Loss as Loss
+from pantarhei._fit_loss import scalar
 from pantarhei._fit_random import mix, own_randomness, seed_all
 from pantarhei._fit_state import Ema, State, Store, plain_groups
 from pantarhei.errors import RequestError, nearest
@@ -38,8 +40,6 @@ from pantarhei.progress import progress
 _STEPS_PER_SYNC = 16  # losses come to the host this many steps at a time
 _COLUMNS = {"step", "lr", "loss", "gradient_norm"}  # of the history, besides the metrics
 _ROWS = 500  # that the history has at most, unless log_every says otherwise
-
-Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, Mapping[str, Tensor | float]]"]
 
 
 @dataclass(frozen=True)
@@ -391,10 +391,7 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
         result = self.loss(self.model, batch)
-        value, metrics = result if isinstance(result, tuple) else (result, {})
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise RequestError(f"loss(model, batch) returned {what}: return one number, a scalar.")
+        value, metrics = scalar(result), result[1] if isinstance(result, tuple) else {}
         if not value.requires_grad:
             raise RequestError(
                 "the loss does not depend on a trainable parameter: use the model's output in it, "
@@ -410,7 +407,7 @@ class _Objective(nn.Module):
                 raise RequestError(
                     f"the metric '{name}' has shape {tuple(metric.shape)}: reduce it to one number."
                 )
-        return value if value.dim() == 0 else value.reshape(()), {
+        return value, {
             name: m.detach().reshape(()) if isinstance(m, Tensor) else m
             for name, m in metrics.items()
         }

@@ -16,7 +16,6 @@ A recipe is a module with its data first and its story second::
 
 from __future__ import annotations
 
-import csv
 import errno
 import fcntl
 import math
@@ -45,7 +44,7 @@ from pantarhei.claims import (
     this_machine,
 )
 from pantarhei.errors import RequestError, nearest
-from pantarhei.files import atomic, read_json, write_json
+from pantarhei.files import atomic, read_json, write_csv, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -259,11 +258,7 @@ class Run:
         """Write ``rows`` as ``name`` (CSV); the columns are the rows' keys in order of arrival."""
         path = self.path(name if name.endswith(".csv") else f"{name}.csv")
         if self.leads:
-            columns = dict.fromkeys(key for row in rows for key in row)
-            with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
-                writer = csv.DictWriter(f, list(columns))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(path, rows)
         return path
 
     def figure(self, name: str, fig: Figure) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -347,11 +346,7 @@ class Frontier:
 
     def to_csv(self, path: str | Path) -> None:
         """Write :meth:`rows` as CSV, atomically."""
-        rows = self.rows()
-        with files.atomic(path) as temporary, temporary.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        files.write_csv(path, self.rows())
 
     def to_json(self, path: str | Path) -> None:
         """Write everything measured (not the network) as JSON, atomically."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pantarhei._fit_loss import scalar
 from pantarhei._fit_random import mix, own_randomness, seed_all
 from pantarhei.errors import RequestError
 from pantarhei.fit import Loss, Step, fit
@@ -270,11 +271,3 @@ class _WithLoss(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return scalar(self.loss(self.model, batch))
-
-
-def scalar(result: Any) -> Tensor:
-    value = result[0] if isinstance(result, tuple) else result
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise RequestError(f"loss(model, batch) returned {what}: return one number, a scalar.")
-    return value.reshape(())

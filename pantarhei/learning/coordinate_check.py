@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
 
+from pantarhei._fit_loss import scalar
 from pantarhei._fit_random import own_randomness
 from pantarhei.errors import RequestError
 from pantarhei.fit import Loss
-from pantarhei.learning._together import scalar
 from pantarhei.learning.lr_transfer import Size, power_law, sizes_of, start_of
 from pantarhei.learning.parametrization import Kind, OptimizerName, Role
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pantarhei.errors import RequestError
-from pantarhei.files import atomic
+from pantarhei.files import atomic, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,10 +60,7 @@ def check_out(out: str | None) -> None:
 
 def _write(outcome: Outcome, path: Path) -> None:
     if path.suffix.lower() == ".csv":
-        with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, list(outcome.rows[0]))
-            writer.writeheader()
-            writer.writerows(outcome.rows)
+        write_csv(path, outcome.rows)
         return
     if outcome.draw is None:
         raise RequestError(f"this result is a table and has no picture: write '{path}' as .csv.")

@@ -18,11 +18,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from pantarhei._fit_loss import Loss as Loss
+from pantarhei._fit_loss import scalar
 from pantarhei._fit_random import own_randomness, seed_all
 from pantarhei.cost import without_fast_path
 from pantarhei.errors import RequestError
 
-Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, Mapping[str, Tensor | float]]"]
 Weights = Mapping[str, Tensor]
 
 
@@ -144,7 +145,7 @@ class Objective:
         module = _Loss(self.model, self.loss)
         named = {f"model.{name}": tensor for name, tensor in self._tensors(weights).items()}
         with self._measuring():
-            return _scalar(functional_call(module, named, (batch,)))
+            return scalar(functional_call(module, named, (batch,)))
 
     def value(self) -> float:
         """Return the mean loss."""
@@ -196,7 +197,7 @@ class Objective:
             filled = [replaced.get(i, part) for i, part in enumerate(parts)]
             output = pytree.tree_unflatten(filled, structure)
             with self._measuring():
-                return _scalar(self.loss(_StandIn(self.model, lambda *a, **k: output), batch))
+                return scalar(self.loss(_StandIn(self.model, lambda *a, **k: output), batch))
 
         used = _used(parts, replay)
         shapes = [parts[i].shape for i in used]
@@ -362,14 +363,6 @@ class _StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-def _scalar(result: Any) -> Tensor:
-    value = result[0] if isinstance(result, tuple) else result
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise RequestError(f"loss(model, batch) returned {what}: return one number, a scalar.")
-    return value.reshape(())
 
 
 def _used(parts: list[Any], replay: Callable[[Mapping[int, Tensor]], Tensor]) -> list[int]:

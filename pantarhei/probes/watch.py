@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from pantarhei._fit_random import own_randomness
 from pantarhei.errors import RequestError
-from pantarhei.files import atomic
+from pantarhei.files import atomic, write_csv
 from pantarhei.probes._objective import Loss
 from pantarhei.probes.sharpness import Sharpness
 
@@ -198,7 +198,6 @@ class Watch:
     def _write(self) -> None:
         if self._path is None or self._states is None:
             return
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
         kept: dict[str, Tensor] = {
             f"{name}/{key}": tensor.detach().cpu().contiguous()
             for name, probe in self._stateful().items()
@@ -207,10 +206,7 @@ class Watch:
         if kept:
             with atomic(self._states) as temporary:
                 save_file(kept, temporary)
-        with atomic(self._path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(self._path, self.rows)
 
 
 def subset(batch: Any, rows: int, seed: int = 0) -> Any:

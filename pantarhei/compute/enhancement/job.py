@@ -7,14 +7,13 @@ all.
 
 from __future__ import annotations
 
-import csv
 import os
 import stat
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -29,7 +28,7 @@ from pantarhei.compute.enhancement.nested_unet import NestedUNet
 from pantarhei.compute.enhancement.routing import Calibration
 from pantarhei.compute.enhancement.tiles import Enhanced, Enhancer, Samples
 from pantarhei.errors import RequestError
-from pantarhei.files import atomic, write_json
+from pantarhei.files import atomic, write_csv, write_json
 from pantarhei.progress import progress
 
 _GRID_SEARCH = 512  # side of the part in which an unknown block grid is looked for
@@ -412,13 +411,7 @@ def write_report(results: Sequence[Result], out: str | os.PathLike[str]) -> None
     """Write report.csv and report.json into ``out``."""
     folder = Path(out)
     write_json(folder / "report.json", [result.to_json() for result in results])
-    with (
-        atomic(folder / "report.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+    write_csv(folder / "report.csv", (asdict(result) for result in results))
 
 
 def _one(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from pantarhei.data.table import Table
 from pantarhei.errors import RequestError, nearest
-from pantarhei.files import atomic, write_json
+from pantarhei.files import atomic, write_csv, write_json
 from pantarhei.learning.deep_linear.closed_forms import stability_bound
 from pantarhei.learning.deep_linear.correlations import Correlations, whiten
 from pantarhei.learning.deep_linear.flow import gradient_descent
@@ -384,10 +383,7 @@ def deliver(outcome: Outcome, out: str | None, json: bool) -> None:
         check_out(out)
         folder = Path(out)
         for name, rows in {"table": outcome.table, **outcome.curves}.items():
-            with atomic(folder / f"{name}.csv") as path, path.open("w", newline="") as handle:
-                writer = csv.DictWriter(handle, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(folder / f"{name}.csv", rows)
         write_json(folder / "summary.json", document)
         for name, draw in outcome.figures.items():
             figure = draw()
