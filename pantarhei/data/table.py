@@ -69,16 +69,24 @@ def read_table(path: str, targets: Sequence[str] = (), classes: bool = False) ->
     return Table(inputs, np.hstack(blocks), input_names, tuple(names))
 
 
+def read_arrays(path: str | Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Read X and y of an NPZ as they are, of any shapes and types but objects."""
+    file = Path(path)
+    if not file.is_file():
+        raise RequestError(f"'{path}' is not a file: name a CSV table, or an .npz with X and y.")
+    with guarded(file), np.load(file, allow_pickle=False) as arrays:
+        if not {"X", "y"} <= set(arrays.files):
+            raise RequestError(f"'{file}' holds {sorted(arrays.files)}: it needs X and y.")
+        return arrays["X"], arrays["y"]
+
+
 Columns = dict[str, "NDArray[Any] | list[str]"]
 
 
 def _read_npz(file: Path, targets: Sequence[str]) -> tuple[Array, tuple[str, ...], Columns]:
     if targets:
         raise RequestError("--target names a column of a CSV; an .npz has its targets in y.")
-    with guarded(file), np.load(file, allow_pickle=False) as arrays:
-        if not {"X", "y"} <= set(arrays.files):
-            raise RequestError(f"'{file}' holds {sorted(arrays.files)}: it needs X and y.")
-        x, y = arrays["X"], arrays["y"]
+    x, y = read_arrays(file)
     y = y[:, None] if y.ndim == 1 else y
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise RequestError(

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pantarhei.data.table import read_arrays, read_table
 from pantarhei.errors import RequestError
 from pantarhei.files import atomic, write_json
 from pantarhei.fit import Batches, Loss
 from pantarhei.learning.lr_transfer import Size, Sweep, Transfer, lr_sweep, sizes_of, start_of
+from pantarhei.learning.user_code import load_function
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,39 +33,6 @@ class Task:
     batches: Callable[[int], Any]
     loss: Loss
     evaluate: tuple[Any, ...]
-
-
-def load_function(text: str, what: str) -> Callable[..., Any]:
-    """Import ``module:function`` or ``path/to/file.py:function``.
-
-    Raises :class:`RequestError` with the reason where that fails.
-    """
-    place, colon, name = text.rpartition(":")
-    if not colon or not place or not name:
-        raise RequestError(f"{what} '{text}' is not of the form file.py:function.")
-    try:
-        if place.endswith(".py"):
-            if not Path(place).is_file():
-                raise RequestError(f"{what}: there is no file '{place}'.")
-            stem = f"_pantarhei_{Path(place).stem}"
-            spec = importlib.util.spec_from_file_location(stem, place)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[stem] = module  # dataclasses and pickle look it up there
-            sys.path.insert(0, str(Path(place).resolve().parent))
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, os.getcwd())
-            module = importlib.import_module(place)
-    except RequestError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise RequestError(f"{what} '{place}' cannot be imported ({reason}).") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise RequestError(f"{what}: '{place}' has no function '{name}'.")
-    return found
 
 
 def parse_grid(text: str | None, optimizer: str) -> tuple[float, ...]:
@@ -128,20 +92,12 @@ def load_task(data: str, loss: str, batch_size: int, seed: int) -> Task:
 
 
 def _table(path: str) -> tuple[Tensor, Tensor]:
-    from pantarhei.data._read import guarded
-    from pantarhei.data.table import read_table
-
     if not path.lower().endswith(".npz"):
         table = read_table(path)
         classes = all("=" in name for name in table.target_names)
         y = torch.from_numpy(table.targets)
         return torch.from_numpy(table.inputs).float(), y.argmax(1) if classes else y.float()
-    if not Path(path).is_file():
-        raise RequestError(f"--data '{path}' is not a file: name an .npz, a CSV, or a function.")
-    with guarded(Path(path)), np.load(path, allow_pickle=False) as arrays:
-        if not {"X", "y"} <= set(arrays.files):
-            raise RequestError(f"'{path}' holds {sorted(arrays.files)}: it needs X and y.")
-        x, y = torch.as_tensor(arrays["X"]), torch.as_tensor(arrays["y"])
+    x, y = (torch.as_tensor(part) for part in read_arrays(path))
     if len(x) != len(y) or len(x) < 2:
         raise RequestError(f"'{path}' has {len(x)} rows of X and {len(y)} of y.")
     return _narrow(x), _narrow(y)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +19,7 @@ from pantarhei.learning.effective_theory.training import (
     weighted_layers,
 )
 from pantarhei.learning.outcome import Outcome
+from pantarhei.learning.user_code import load_function
 from pantarhei.probes.mean_field import Activation, critical_gain, critical_point
 
 if TYPE_CHECKING:
@@ -180,19 +178,8 @@ def advice(
 
 def build(factory: str) -> nn.Module:
     """Call ``module:function``, or ``file.py:function``, which returns a model."""
-    module, colon, attribute = factory.partition(":")
-    if not colon or not attribute:
-        raise RequestError(f"'{factory}' names no model: write module:function, as in mynet:build.")
-    path = Path(module)
-    name = path.stem if path.suffix == ".py" else module
-    folder = str(path.parent.resolve()) if path.suffix == ".py" else os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        make = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RequestError(f"'{factory}' cannot be imported: {error}.") from error
-    model = make() if callable(make) and not isinstance(make, nn.Module) else make
+    make = load_function(factory, "MODEL")
+    model = make if isinstance(make, nn.Module) else make()
     if not isinstance(model, nn.Module):
         raise RequestError(f"'{factory}' gives {type(model).__name__}, not a torch.nn.Module.")
     return model
