@@ -97,62 +97,51 @@ def stop(
     outcome.deliver(found, out, json)
 
 
-@app.command("width-sweep")
-def width_sweep(
-    data: Data = None,
-    target: Target = None,
-    raw: Raw = False,
-    width: Widths = None,
-    examples: Examples = 300,
-    snr: Snr = 10.0,
-    seeds: Seeds = 10,
-    until: Until = 1e5,
-    start: Start = 0.0,
-    center: Center = False,
-    test_share: TestShare = 0.25,
-    seed: Seed = 0,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Overtraining of random ReLU features over their number."""
-    _sweep(False, **locals())
+def _sweep(name: str, bounds: bool, summary: str) -> None:
+    """Add a command over the number of random features: both take the same options."""
+
+    @app.command(name, help=summary)
+    def command(
+        data: Data = None,
+        target: Target = None,
+        raw: Raw = False,
+        width: Widths = None,
+        examples: Examples = 300,
+        snr: Snr = 10.0,
+        seeds: Seeds = 10,
+        until: Until = 1e5,
+        start: Start = 0.0,
+        center: Center = False,
+        test_share: TestShare = 0.25,
+        seed: Seed = 0,
+        out: Out = None,
+        json: Json = False,
+    ) -> None:
+        from pantarhei.learning import outcome
+        from pantarhei.learning.generalization import job
+
+        outcome.check_out(out)
+        table = None if data is None else job.read_table(data, target, not raw)
+        found = job.sweep(
+            table,
+            width or [],
+            bounds=bounds,
+            examples=examples,
+            snr=snr,
+            seeds=seeds,
+            until=until,
+            start=start,
+            center=center,
+            test_share=test_share,
+            seed=seed,
+            quiet=json,
+        )
+        outcome.deliver(found, out, json)
 
 
-@app.command()
-def bound(
-    data: Data = None,
-    target: Target = None,
-    raw: Raw = False,
-    width: Widths = None,
-    examples: Examples = 300,
-    snr: Snr = 10.0,
-    seeds: Seeds = 10,
-    until: Until = 1e5,
-    start: Start = 0.0,
-    center: Center = False,
-    test_share: TestShare = 0.25,
-    seed: Seed = 0,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Plain and conditioned complexity terms of random ReLU features beside the true gap."""
-    _sweep(True, **locals())
-
-
-def _sweep(
-    bounds: bool,
-    data: str | None,
-    target: str | None,
-    raw: bool,
-    width: list[int] | None,
-    out: str | None,
-    json: bool,
-    **options: float,
-) -> None:
-    from pantarhei.learning import outcome
-    from pantarhei.learning.generalization import job
-
-    outcome.check_out(out)
-    table = None if data is None else job.read_table(data, target, not raw)
-    found = job.sweep(table, width or [], bounds=bounds, quiet=json, **options)  # type: ignore[arg-type]
-    outcome.deliver(found, out, json)
+_sweep("width-sweep", False, "Overtraining of random ReLU features over their number.")
+_sweep(
+    "bound",
+    True,
+    "Plain and conditioned complexity terms of random ReLU features beside the true gap.",
+)
