@@ -350,8 +350,7 @@ class Bodies:
 
     def give_back(self, body: Body) -> None:
         """Take an idle body into the pool."""
-        if body.lent:
-            body.lent = False
+        body.lent = False
         if body.seen is None or body.key is None:
             self.loose.append(body)
             return
