@@ -2,8 +2,9 @@
 
 The story: a network is trained sorted (SortedNet), ordinarily (full size alone) and by the sandwich
 rule with in-place distillation, on the same data and from the same start; a few sub-networks are
-also trained alone, and at ``cpu`` sorted training with 1 and 4 draws an update stands beside. Every
-sub-network of every training is then measured once. The claims compare.
+also trained alone. ``beside`` names further rivals: slices of the ordinary network whose classifier
+is trained again, on a small grid the summation over all of it, and sorted training with 1 and 4
+draws an update. Every sub-network of every training is then measured once. The claims compare.
 
 Figures for cifar10 are made with a JPEG-75 copy of the data set.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pantarhei.elastic import ElasticNet, Frontier
+    from pantarhei.elastic.frontier import Point
     from pantarhei.elastic.samplers import Sampler
     from pantarhei.fit import Batches
 
@@ -107,7 +109,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "studies": ("digits",),
         "updates": (400,),
         "g_acc": 2,
-        "beside": (),
+        "beside": ("digits re-tuned", "digits summation"),
+        "retune_steps": 100,
         "batch_size": 64,
         "lr": (4e-3,),
         "precision": ("32",),
@@ -121,7 +124,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "studies": ("mnist", "cifar10"),
         "updates": (2000, 2000),
         "g_acc": 2,
-        "beside": ("mnist g_acc 1", "mnist g_acc 4"),  # as many updates: half and twice the data
+        # with another g_acc as many updates are made: of half and of twice the data
+        "beside": ("mnist re-tuned", "mnist g_acc 1", "mnist g_acc 4", "cifar10 re-tuned"),
+        "retune_steps": 100,
         "batch_size": 128,
         "lr": (2e-3, 2e-3),
         "precision": ("32", "bf16"),
@@ -134,7 +139,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "studies": ("cifar10-mobilenet",),
         "updates": (19_500,),
         "g_acc": 2,
-        "beside": (),
+        "beside": ("cifar10-mobilenet re-tuned",),
+        "retune_steps": 100,
         "batch_size": 256,
         "lr": (2e-3,),
         "precision": ("bf16",),
@@ -159,12 +165,16 @@ def recipe(run: Run) -> Iterator[Claim]:
     _one_for_each_study(run)
     for index, name in enumerate(run.settings.studies):
         study = Study.of(run, name, index)
-        nets, fronts = {}, {}
+        nets: dict[str, ElasticNet] = {}
+        fronts: dict[str, Frontier] = {}
         prefix = f"{name} "
         others = [b.removeprefix(prefix) for b in run.settings.beside if b.startswith(prefix)]
         for training in ("sorted", "ordinary", "sandwich", *others):
-            nets[training] = study.train(training)
-            fronts[training] = study.measure(training, nets[training])
+            if training == "re-tuned":
+                fronts[training] = study.retune(nets["ordinary"])
+            else:
+                nets[training] = study.train(training)
+                fronts[training] = study.measure(training, nets[training])
         alone = study.train_alone(fronts["ordinary"])
         draw(study, fronts, alone)
         found.append({"study": name, **compare(study, fronts), **switching(study, nets["sorted"])})
@@ -280,11 +290,19 @@ class Study:
     def train(self, training: str) -> ElasticNet:
         """Train the whole network ``"sorted"``, ``"ordinary"``, or as one of the rivals.
 
-        Those are ``"sandwich"`` and sorted training with another number of draws in an update
-        (``"g_acc 4"``).
+        Those are ``"sandwich"``, ``"summation"`` (every update is the mean over all sub-networks)
+        and sorted training with another number of draws in an update (``"g_acc 4"``). The first two
+        make as many updates as cost what sorted training costs.
         """
         from pantarhei.compute.sorted_training import sorted_fit
-        from pantarhei.elastic.samplers import Cycle, DistilledLoss, SampledLoss, Sandwich, Uniform
+        from pantarhei.elastic.samplers import (
+            Cycle,
+            DistilledLoss,
+            Every,
+            SampledLoss,
+            Sandwich,
+            Uniform,
+        )
         from pantarhei.errors import RequestError
 
         net = self.elastic()
@@ -297,14 +315,20 @@ class Study:
         elif training == "ordinary":
             sampler = Cycle([net.space.largest])
         elif training == "sandwich":
-            # k = 2 random ones a step, and as many updates as cost what sorted training costs
+            # k = 2 random ones a step
             sampler, loss, g_acc = Sandwich(net.space, 2, self.run.seed), DistilledLoss(), 1
             uniform = sum(net.cost(c).macs for c in net.space) / len(net.space)
             full, least = net.cost().macs, net.cost(net.space.smallest).macs
             share = self.run.settings.g_acc * uniform / (full + 2 * uniform + least)
             updates = max(1, round(updates * share))
+        elif training == "summation":
+            sampler, g_acc = Every(net.space), 1
+            updates = max(1, round(updates * self.run.settings.g_acc / len(net.space)))
         elif training != "sorted":
-            raise RequestError(f"'{training}' is no training to stand beside: try 'g_acc 4'.")
+            raise RequestError(
+                f"'{training}' is no training to stand beside: choose among "
+                "'re-tuned', 'summation' and 'g_acc N'."
+            )
         sorted_fit(
             net,
             self.batches,
@@ -370,6 +394,57 @@ class Study:
                 progress=not self.run.quiet and f"{self.name} {training}, sub-networks",
             )
 
+    def retune(self, net: ElasticNet) -> Frontier:
+        """Train the classifier of every sub-network again, on what its frozen layers make of data.
+
+        The layers below keep their weights, with batch statistics of the sub-network's own: this
+        is the best that slices of an ordinary training can do without touching them [design].
+        """
+        from pantarhei.elastic.frontier import Frontier, Point
+        from pantarhei.elastic.samplers import cross_entropy
+        from pantarhei.fit import Batches, fit
+        from pantarhei.progress import progress
+
+        settings, points = self.run.settings, []
+        calibration = [self.batches(n) for n in range(settings.calibration_batches)]
+        label = f"{self.name} re-tuned, sub-networks"
+        with progress(len(net.space), label, quiet=self.run.quiet) as bar:
+            for choice in net.space:
+                net.recalibrate(choice, calibration)
+                model = net.extract(choice).eval()
+                features, labels = self._features(model, calibration)
+                fit(
+                    model.head,  # type: ignore[arg-type]
+                    Batches(features, labels, batch_size=settings.batch_size, seed=self.run.seed),
+                    lambda head, batch: cross_entropy(head(batch[0]), batch),
+                    steps=settings.retune_steps,
+                    lr=self.lr,
+                    schedule="cosine",
+                    seed=self.run.seed,
+                    device=self.run.device,
+                    quiet=True,
+                )
+                points.append(Point(choice, self.accuracy(model), net.cost(choice)))
+                bar.advance()
+        return Frontier(tuple(points), metric="accuracy")
+
+    def _features(
+        self, model: nn.Module, batches: list[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the classifier of a network is given for these batches, and the labels."""
+        import torch
+
+        features: list[Tensor] = []
+        head: nn.Module = model.head  # type: ignore[assignment]
+        with (
+            torch.no_grad(),
+            self._autocast(),
+            head.register_forward_pre_hook(lambda _, args: features.append(args[0].float())),
+        ):
+            for batch in batches:
+                model(batch[0])
+        return torch.cat(features), torch.cat([batch[1] for batch in batches])
+
     def _autocast(self) -> AbstractContextManager[Any]:
         import torch
 
@@ -396,7 +471,7 @@ def compare(study: Study, fronts: dict[str, Frontier]) -> dict[str, float]:
     ours, ordinary, sandwich = (fronts[t] for t in ("sorted", "ordinary", "sandwich"))
     full = ours.full
     relative = {p.choice: _share(p.quality, full.quality) for p in ours.points}
-    cheap = sorted(ours.points, key=lambda p: p.cost.macs)[: len(ours) // 2]
+    cheap = _cheaper_half(ours)
     regrets = []
     for share in study.run.settings.budgets:
         budget = share * full.cost.macs
@@ -459,7 +534,7 @@ def _milliseconds(call: Callable[[Any], object], items: list[Any], rounds: int =
 
 
 def draw(study: Study, fronts: dict[str, Frontier], alone: list[dict[str, Any]]) -> None:
-    """Write the grid as a table, the frontiers and the maps of width and depth."""
+    """Write the grid and its means as tables, the frontiers and the maps of width and depth."""
     run, name, ours = study.run, study.name, fronts["sorted"]
     rows = [
         {
@@ -472,6 +547,22 @@ def draw(study: Study, fronts: dict[str, Frontier], alone: list[dict[str, Any]])
         for p in ours.points
     ]
     run.metrics(f"{name}-grid.csv", rows)
+    cheap = {p.choice for p in _cheaper_half(ours)}
+    run.metrics(
+        f"{name}-trainings.csv",
+        [
+            {
+                "training": training,
+                "full": front.full.quality,
+                "mean": fmean(p.quality for p in front.points),
+                "mean of the cheaper half": fmean(
+                    p.quality for p in front.points if p.choice in cheap
+                ),
+                "lowest": min(p.quality for p in front.points),
+            }
+            for training, front in fronts.items()
+        ],
+    )
     figure = ours.plot(against={t: f for t, f in fronts.items() if f is not ours}, label="sorted")
     axes = figure.axes[0]
     axes.plot([r["macs"] for r in alone], [r["accuracy"] for r in alone], "k*", label="alone")
@@ -480,6 +571,10 @@ def draw(study: Study, fronts: dict[str, Frontier], alone: list[dict[str, Any]])
     depth = next(axis for axis in ours.points[0].choice if axis.startswith("depth"))
     run.figure(f"{name}-accuracy", ours.heatmap(depth, "width"))
     run.figure(f"{name}-relative", ours.heatmap(depth, "width", relative=True))
+
+
+def _cheaper_half(front: Frontier) -> list[Point]:
+    return sorted(front.points, key=lambda p: p.cost.macs)[: len(front) // 2]
 
 
 def _share(part: float, whole: float) -> float:

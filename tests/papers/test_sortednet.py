@@ -17,7 +17,13 @@ from pantarhei.papers import _sortednet_parts as parts
 from pantarhei.papers import load_recipe, sortednet
 from pantarhei.runs import execute, start
 
-TINY = {"updates": (2,), "test_images": 40, "calibration_batches": 1, "batch_size": 16}
+TINY = {
+    "updates": (2,),
+    "test_images": 40,
+    "calibration_batches": 1,
+    "batch_size": 16,
+    "retune_steps": 2,
+}
 
 
 def tiny(folder, **changes):
@@ -36,8 +42,14 @@ def test_a_tiny_run_measures_every_claim_and_leaves_its_evidence(tmp_path):
     grid = list(csv.DictReader((result.dir / "digits-grid.csv").open()))
     assert len(grid) == 12
     for row in grid:
-        for training in ("sorted", "ordinary", "sandwich"):
+        for training in ("sorted", "ordinary", "sandwich", "re-tuned", "summation"):
             assert 0 <= float(row[training]) <= 1
+    trainings = list(csv.DictReader((result.dir / "digits-trainings.csv").open()))
+    assert [row["training"] for row in trainings][-2:] == ["re-tuned", "summation"]
+    for row in trainings:
+        found = [float(point[row["training"]]) for point in grid]
+        assert float(row["full"]) == found[-1] and float(row["lowest"]) == min(found)
+        assert float(row["mean"]) == pytest.approx(sum(found) / 12)
     alone = list(csv.DictReader((result.dir / "digits-alone.csv").open()))
     assert [row["depth"] for row in alone] == ["1", "3"]
     assert float(alone[-1]["accuracy"]) == float(grid[-1]["ordinary"])
@@ -114,6 +126,31 @@ def test_sandwich_costs_what_sorted_training_costs(tmp_path, monkeypatch):
     drawn = [c for n in range(2000) for c in asked["sampler"](n)]
     theirs = asked["steps"] * asked["g_acc"] * sum(net.cost(c).macs for c in drawn) / 2000
     assert theirs == pytest.approx(ours, rel=0.02)
+
+
+def test_summation_costs_what_sorted_training_costs(tmp_path, monkeypatch):
+    from pantarhei.compute import sorted_training
+
+    asked = {}
+    monkeypatch.setattr(sorted_training, "sorted_fit", lambda net, *a, **k: asked.update(k))
+    with tiny(tmp_path / "run", updates=(1200,)) as run:
+        net = sortednet.Study.of(run, "digits", 0).train("summation")
+    assert asked["sampler"](7) == list(net.space)
+    assert asked["steps"] * asked["g_acc"] * len(net.space) == 1200 * run.settings.g_acc
+
+
+def test_retuning_trains_the_classifier_of_slices_and_nothing_else(tmp_path):
+    with tiny(tmp_path / "run", retune_steps=100, calibration_batches=20) as run:
+        study = sortednet.Study.of(run, "digits", 0)
+        net = study.elastic()  # at its start: below the classifier lie random features
+        before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
+        untrained = study.measure("untouched", net)
+        front = study.retune(net)
+    after = net.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert [p.choice for p in front.points] == list(net.space)
+    gains = [p.quality - untrained[p.choice].quality for p in front.points]
+    assert sum(gains) / len(gains) > 0.05
 
 
 def test_every_training_starts_from_the_same_weights(tmp_path):
