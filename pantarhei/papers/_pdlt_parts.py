@@ -6,10 +6,13 @@ differentiated, which gives every network its own gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pantarhei.learning.effective_theory.training import rates
@@ -49,6 +52,27 @@ class Networks:
             weights.append(deviation * torch.randn(len(scales), n, fan_in, generator=generator))
             bias = torch.randn(len(scales), 1, n, generator=generator)
             biases.append(point.C_b**0.5 * bias)
+        return cls(activation, weights, biases)
+
+    @classmethod
+    def initialised(
+        cls,
+        activation: Activation,
+        init: Callable[[nn.Linear], object],
+        widths: tuple[int, ...],
+        networks: int,
+        seed: int,
+    ) -> Networks:
+        """Draw networks as PyTorch does, then let ``init`` change each layer."""
+        weights, biases = [], []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for fan_in, n in pairwise(widths):
+                layers = [nn.Linear(fan_in, n) for _ in range(networks)]
+                for layer in layers:
+                    init(layer)
+                weights.append(torch.stack([layer.weight.detach() for layer in layers]))
+                biases.append(torch.stack([layer.bias.detach()[None] for layer in layers]))
         return cls(activation, weights, biases)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Networks:
@@ -100,6 +124,14 @@ class Networks:
             for s, d, b, W in zip(inputs, deltas, lambda_b, lambda_W, strict=True):
                 total += (d @ d.mT) * (b + W / s.shape[-1] * (s @ s.mT))
         return total
+
+
+def kaiming_(layer: nn.Linear, nonlinearity: str) -> None:
+    """Draw a layer by He's rule for what follows it, as people do by hand; no biases."""
+    # torch has no gain of its own for GELU: it is given ReLU's
+    known: Any = nonlinearity if nonlinearity in ("relu", "tanh") else "relu"
+    nn.init.kaiming_normal_(layer.weight, nonlinearity=known)
+    nn.init.zeros_(layer.bias)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 The story: random networks are drawn by the ten thousand and their finite-width vertices compared
 with the recursions; V/(n G^2) is shown to be a function of depth over width alone; forty-layer
-networks are trained at and off their critical initialisation; and how far training moves the
-tangent kernel is measured over a grid of depths and widths.
+networks are trained at and off their critical initialisation and from what people use; and how far
+training moves the tangent kernel is measured over a grid of depths and widths.
 
 L/n is (L - 1)/n where random networks are compared: the first layer is exactly Gaussian.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from pantarhei.runs import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pantarhei.papers._pdlt_parts import Networks
 
 CLAIMS = (
     ClaimSpec(
@@ -307,7 +310,7 @@ def spread(rows: list[dict[str, float]], ratio: float) -> float:
 
 
 def criticality(run: Run) -> Iterator[Claim]:
-    """Claim 3: forty layers, three activations, three C_W, five rates, all trained at once."""
+    """Claim 3: forty layers, three activations, three C_W, five rates; and two usual starts."""
     import torch
 
     x, y = digits(run)
@@ -339,25 +342,48 @@ def criticality(run: Run) -> Iterator[Claim]:
 def train_around_criticality(
     run: Run, name: str, x: Tensor, y: Tensor, generator: Any
 ) -> list[dict[str, Any]]:
-    """Train one activation's networks, one for each factor on C_W and rate, with plain SGD."""
+    """Train one activation's networks at and off the critical C_W, and from what people use."""
+    from functools import partial
+
+    import torch
+
+    from pantarhei.papers import _pdlt_parts as parts
+    from pantarhei.probes.mean_field import Activation, critical_point
+
+    rates = run.settings.rates
+    act = Activation(name)
+    scales = torch.tensor([0.6, 1.0, 1.6])
+    widths = (x.shape[1], *[run.settings.train_width] * (run.settings.train_depth - 1), 10)
+    factors = scales.repeat_interleave(len(rates))
+    nets = parts.Networks.critical(act, critical_point(act), widths, factors, generator)
+    starts = [(f"{scale:g} x critical C_W", scale) for scale in scales.tolist()]
+    rows = train(run, name, nets, starts, x, y)
+    for label, init in (
+        ("PyTorch's default", lambda layer: None),
+        ("Kaiming", partial(parts.kaiming_, nonlinearity=name)),
+    ):
+        nets = parts.Networks.initialised(act, init, widths, len(rates), run.seed)
+        rows += train(run, name, nets, [(label, math.nan)], x, y)
+    return rows
+
+
+def train(
+    run: Run, name: str, nets: Networks, starts: list[tuple[str, float]], x: Tensor, y: Tensor
+) -> list[dict[str, Any]]:
+    """Train networks with plain SGD: for each start, one for every rate. Return what they reach."""
     import torch
 
     from pantarhei.fit import Batches
     from pantarhei.papers import _pdlt_parts as parts
-    from pantarhei.probes.mean_field import Activation, critical_point
 
     settings = run.settings
-    act = Activation(name)
-    scales = torch.tensor([0.6, 1.0, 1.6]).repeat_interleave(len(settings.rates))
-    rates = torch.tensor(settings.rates).repeat(3).to(run.device)
-    widths = (x.shape[1], *[settings.train_width] * (settings.train_depth - 1), 10)
-    nets = parts.Networks.critical(act, critical_point(act), widths, scales, generator)
     nets.to(run.device, torch.float32)
     gradients = nets.errors(x[:256], y[:256])
     by_weights = nets.weight_gradients(x[:256], y[:256])
     batches = Batches(x, y, batch_size=settings.batch, seed=run.seed)
     depth = len(nets.weights)
-    with run.progress(settings.steps, f"{name}, {len(rates)} networks") as bar:
+    rates = torch.tensor(settings.rates).repeat(len(starts)).to(run.device)
+    with run.progress(settings.steps, f"{name}, {', '.join(label for label, _ in starts)}") as bar:
         for step in range(settings.steps):
             inputs, labels = batches(step)
             losses = parts.cross_entropy(nets.preactivations(inputs)[-1], labels)
@@ -365,23 +391,24 @@ def train_around_criticality(
             bar.advance()
     reached = parts.accuracy(nets, x, y)
     rows = []
-    for index, (scale, rate) in enumerate(zip(scales.tolist(), rates.tolist(), strict=True)):
-        # Networks of one scale differ in nothing but their draw at the start.
-        same = (scales == scales[index]).to(run.device)
+    for group, (label, scale) in enumerate(starts):
+        # Networks of one start differ in nothing but their draw.
+        same = slice(group * len(settings.rates), (group + 1) * len(settings.rates))
         ratio = float((gradients[0] / gradients[-1])[same].log().mean().exp())
-        rows.append(
+        weights = float((by_weights[0] / by_weights[-1])[same].log().mean().exp())
+        rows += [
             {
                 "activation": name,
+                "start": label,
                 "scale": round(scale, 3),
                 "rate": rate,
-                "accuracy": float(reached[index]),
+                "accuracy": accuracy,
                 "gradient_ratio": ratio,
                 "uneven": max(ratio, 1 / ratio),
-                "weight_gradient_ratio": float(
-                    (by_weights[0] / by_weights[-1])[same].log().mean().exp()
-                ),
+                "weight_gradient_ratio": weights,
             }
-        )
+            for rate, accuracy in zip(settings.rates, reached[same].tolist(), strict=True)
+        ]
     return rows
 
 
@@ -501,7 +528,7 @@ def draw_collapse(run: Run, deep: dict[str, list[dict[str, float]]]) -> None:
 
 
 def draw_criticality(run: Run, rows: list[dict[str, Any]]) -> None:
-    """Plot accuracy over C_W, a line for each rate."""
+    """Plot accuracy over C_W, a line for each rate; beside it the usual starts."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -509,14 +536,19 @@ def draw_criticality(run: Run, rows: list[dict[str, Any]]) -> None:
     for axes, name in zip(figure.subplots(1, 3, sharey=True), names, strict=True):
         for rate in dict.fromkeys(row["rate"] for row in rows):
             own = [r for r in rows if r["activation"] == name and r["rate"] == rate]
-            axes.plot(
-                [r["scale"] for r in own],
-                [r["accuracy"] for r in own],
+            scaled = [r for r in own if not math.isnan(r["scale"])]
+            (line,) = axes.plot(
+                [r["scale"] for r in scaled],
+                [r["accuracy"] for r in scaled],
                 "o-",
                 label=f"rate {rate:.3g}",
             )
+            usual = [r["accuracy"] for r in own if math.isnan(r["scale"])]
+            axes.plot([2.0, 2.3], usual, "s", color=line.get_color())
         axes.axhline(0.1, color="0.7", lw=1, zorder=0)
-        axes.set(title=name, xlabel="C_W / critical C_W", xticks=[0.6, 1.0, 1.6], ylim=(0, 1.03))
+        axes.set(title=name, xlabel="C_W / critical C_W", ylim=(0, 1.03))
+        axes.set_xticks([0.6, 1.0, 1.6, 2.0, 2.3], ["0.6", "1.0", "1.6", "PyTorch", "Kaiming"])
+        axes.tick_params("x", rotation=30)
     figure.axes[0].set_ylabel("train accuracy")
     figure.axes[1].legend(frameon=False, fontsize=8, loc="center right")
     run.figure("criticality", figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_a_tiny_run_measures_every_claim_and_leaves_its_evidence(tmp_path):
     for claim in result.claims:
         assert claim.evidence in names
     rows = list(csv.DictReader((result.dir / "criticality.csv").open()))
-    assert len(rows) == 3 * 3 * 2
+    assert len(rows) == 3 * 5 * 2  # activations, starts, rates
     assert {row["scale"] for row in rows} == {"0.6", "1.0", "1.6"}
 
 
@@ -201,6 +202,39 @@ def test_gradient_ratios_follow_chi():
     assert 0.2 < float(ratio[0]) < 5
     assert float(ratio[1] / ratio[0]) == pytest.approx(0.6 ** (11 / 2), rel=0.8)
     assert 0.1 < float((by_weights[0] / by_weights[-1])[1]) < 10
+
+
+def test_usual_starts_are_those_of_torch():
+    act = Activation("tanh")
+    nets = parts.Networks.initialised(act, lambda layer: None, (300, 400, 10), 3, seed=1)
+    assert [tuple(w.shape) for w in nets.weights] == [(3, 400, 300), (3, 10, 400)]
+    # nn.Linear: uniform with variance 1 / (3 fan_in), weights and biases
+    for weight, bias, fan_in in zip(nets.weights, nets.biases, (300, 400), strict=True):
+        assert float(weight.var()) == pytest.approx(1 / 3 / fan_in, rel=0.05)
+        assert float(bias.abs().max()) <= fan_in**-0.5
+    for name, C_W in (("relu", 2), ("tanh", 25 / 9), ("gelu", 2)):
+        nets = parts.Networks.initialised(
+            act, partial(parts.kaiming_, nonlinearity=name), (300, 400), 3, seed=1
+        )
+        assert float(300 * nets.weights[0].var()) == pytest.approx(C_W, rel=0.02)
+        assert not nets.biases[0].any()
+
+
+def test_training_starts_from_critical_and_usual_weights(tmp_path):
+    changes = {"steps": 2, "train_depth": 3, "train_width": 8, "rates": (0.01, 0.1)}
+    recipe = load_recipe("pdlt")
+    with start(recipe, out=tmp_path / "r", device="cpu", quiet=True, changes=changes) as run:
+        x, y = pdlt.digits(run)
+        generator = torch.Generator().manual_seed(0)
+        rows = pdlt.train_around_criticality(run, "gelu", x, y, generator)
+        pdlt.draw_criticality(
+            run, [dict(r, activation=n) for n in ("relu", "tanh", "gelu") for r in rows]
+        )
+    assert [row["rate"] for row in rows] == [0.01, 0.1] * 5
+    starts = ["0.6 x critical C_W", "1 x critical C_W", "1.6 x critical C_W"]
+    assert [row["start"] for row in rows[::2]] == [*starts, "PyTorch's default", "Kaiming"]
+    assert [row["scale"] for row in rows[:6:2]] == [0.6, 1.0, 1.6]
+    assert all(0 <= row["accuracy"] <= 1 and row["uneven"] >= 1 for row in rows)
 
 
 def test_digits_are_standardised_as_the_theory_asks(tmp_path):
