@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pantarhei.errors import RequestError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -63,6 +66,19 @@ def write_csv(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_figure(path: str | os.PathLike[str], figure: Figure) -> None:
+    """Write ``figure`` as PNG and as SVG beside it, atomically; the same figure, the same bytes."""
+    import matplotlib
+
+    stem = Path(path).with_suffix("")
+    # A fixed salt and no date: the same figure is the same file.
+    with matplotlib.rc_context({"svg.hashsalt": stem.name}):
+        with atomic(stem.with_name(f"{stem.name}.png")) as temporary:
+            figure.savefig(temporary, dpi=150, bbox_inches="tight")
+        with atomic(stem.with_name(f"{stem.name}.svg")) as temporary:
+            figure.savefig(temporary, bbox_inches="tight", metadata={"Date": None})
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -44,7 +44,7 @@ from pantarhei.claims import (
     this_machine,
 )
 from pantarhei.errors import RequestError, nearest
-from pantarhei.files import atomic, read_json, write_csv, write_json
+from pantarhei.files import atomic, read_json, write_csv, write_figure, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -263,17 +263,9 @@ class Run:
 
     def figure(self, name: str, fig: Figure) -> Path:
         """Write ``fig`` as ``name.png`` and ``name.svg``; return the PNG's path."""
-        import matplotlib
-
-        stem = name.removesuffix(".png").removesuffix(".svg")
-        png = self.path(f"{stem}.png")
+        png = self.path(f"{name.removesuffix('.png').removesuffix('.svg')}.png")
         if self.leads:
-            # A fixed salt and no date: the same figure is the same file.
-            with matplotlib.rc_context({"svg.hashsalt": stem}):
-                with atomic(png) as temporary:
-                    fig.savefig(temporary, dpi=150, bbox_inches="tight")
-                with atomic(png.with_suffix(".svg")) as temporary:
-                    fig.savefig(temporary, bbox_inches="tight", metadata={"Date": None})
+            write_figure(png, fig)
         if pyplot := sys.modules.get("matplotlib.pyplot"):
             pyplot.close(fig)
         return png

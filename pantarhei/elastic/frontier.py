@@ -273,7 +273,7 @@ class Frontier:
         axes.grid(alpha=0.3)
         axes.legend()
         if path is not None:
-            save(figure, path)
+            files.write_figure(path, figure)
         return figure
 
     def heatmap(
@@ -305,7 +305,7 @@ class Frontier:
         axes.set(xlabel=axis2, ylabel=axis1)
         figure.colorbar(image, label=f"relative {self.metric}" if relative else self.metric)
         if path is not None:
-            save(figure, path)
+            files.write_figure(path, figure)
         return figure
 
     def table(
@@ -546,13 +546,6 @@ def machine(net: Any = None) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG and as SVG beside it, atomically."""
-    for suffix in (".png", ".svg"):
-        with files.atomic(Path(path).with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, dpi=150)
 
 
 def _device(net: Any) -> torch.device:

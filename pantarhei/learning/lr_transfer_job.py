@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,10 @@ from torch.nn import functional as F
 
 from pantarhei.data.table import read_arrays, read_table
 from pantarhei.errors import RequestError
-from pantarhei.files import atomic, write_json
+from pantarhei.files import write_figure, write_json
 from pantarhei.fit import Batches, Loss
 from pantarhei.learning.lr_transfer import Size, Sweep, Transfer, lr_sweep, sizes_of, start_of
 from pantarhei.learning.user_code import load_function
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _EVALUATED = 4096  # rows of the data that the final loss is taken on
 _GRIDS = {"sgd": (-6, 4), "adam": (-15, -4), "adamw": (-15, -4)}  # powers of two
@@ -244,7 +241,7 @@ def run(
         write_json(folder / "transfer.json", result.to_json())
         from pantarhei.learning._lr_transfer_figures import sweeps
 
-        _save(sweeps({f"{kind}, {optimizer}": sweep}), folder / "sweep.png")
+        write_figure(folder / "sweep.png", sweeps({f"{kind}, {optimizer}": sweep}))
     return result
 
 
@@ -279,10 +276,3 @@ def _folder(out: str | None, resume: bool) -> Path | None:
     if resume and not (folder / "sweep.json").is_file():
         raise RequestError(f"'{out}' holds no sweep.json to resume from.")
     return folder
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    with atomic(path.with_suffix(".svg")) as temporary:
-        figure.savefig(temporary)

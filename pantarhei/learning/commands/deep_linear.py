@@ -84,9 +84,10 @@ def predict(
     Which mode is learned when, the plateaus of the loss, and when to stop.
     """
     from pantarhei.data.table import read_table
+    from pantarhei.learning import outcome
     from pantarhei.learning.deep_linear import job
 
-    job.check_out(out)
+    outcome.check_out(out)
     found = job.learning_curve(
         read_table(data, target or (), classes),
         hidden=hidden or (),
@@ -103,7 +104,7 @@ def predict(
         check=check,
         seed=seed,
     )
-    job.deliver(found, out, json)
+    outcome.deliver(found, out, json)
 
 
 @app.command("depth-sweep")
@@ -133,9 +134,10 @@ def depth_sweep(
 ) -> None:
     """Learning time and best rate against depth, from orthogonal, Gaussian and other weights."""
     from pantarhei.data.table import read_table
+    from pantarhei.learning import outcome
     from pantarhei.learning.deep_linear import job
 
-    job.check_out(out)
+    outcome.check_out(out)
     found = job.depths(
         None if data is None else read_table(data, target or (), classes),
         size=size,
@@ -150,7 +152,7 @@ def depth_sweep(
         max_steps=max_steps,
         seed=seed,
     )
-    job.deliver(found, out, json)
+    outcome.deliver(found, out, json)
 
 
 @app.command("gain-sweep")
@@ -170,9 +172,10 @@ def gain_sweep(
     json: Json = False,
 ) -> None:
     """Singular values of a deep network's input-output Jacobian against the gain."""
+    from pantarhei.learning import outcome
     from pantarhei.learning.deep_linear import job
 
-    job.check_out(out)
+    outcome.check_out(out)
     found = job.gains(
         activation,
         gain=gain,
@@ -182,4 +185,4 @@ def gain_sweep(
         seeds=seeds,
         seed=seed,
     )
-    job.deliver(found, out, json)
+    outcome.deliver(found, out, json)

@@ -18,6 +18,7 @@ Name = Annotated[
 Gamma = Annotated[float, typer.Option(help="Strength of residual branches, 0 to 1.")]
 X2 = Annotated[float, typer.Option(help="Mean square of the inputs' entries.")]
 Seed = Annotated[int, typer.Option(help="Of the random numbers.")]
+Out = Annotated[str | None, typer.Option(help="A new folder for tables and pictures.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -27,7 +28,7 @@ def analyse(
         list[str], typer.Argument(metavar="ACTIVATION...", help="Names, or module:function.")
     ],
     gamma: Gamma = 0.0,
-    out: Annotated[str | None, typer.Option(help="A .csv file to write.")] = None,
+    out: Out = None,
     json: Json = False,
 ) -> None:
     """Universality class and critical initialisation of activations."""
@@ -71,7 +72,7 @@ def vertex(
     lambda_w: Annotated[float, typer.Option(help="That of weights, before 1/fan-in.")] = 1.0,
     networks: Annotated[int, typer.Option(help="Random networks to measure; 0: theory.")] = 0,
     seed: Seed = 0,
-    out: Annotated[str | None, typer.Option(help="A .csv, .png or .svg file to write.")] = None,
+    out: Out = None,
     json: Json = False,
 ) -> None:
     """Finite-width statistics layer by layer: theory, and random networks beside it."""

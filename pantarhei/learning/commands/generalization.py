@@ -32,7 +32,7 @@ Raw = Annotated[bool, typer.Option("--raw", help="Do not standardise the inputs.
 Alpha = Annotated[list[float] | None, typer.Option(help="Examples over inputs; repeatable.")]
 Inr = Annotated[float, typer.Option(help="Initial weights' variance over the teacher's.")]
 Until = Annotated[float, typer.Option(help="The last time.")]
-Out = Annotated[str | None, typer.Option(help="A file to write: .csv, .png or .svg.")]
+Out = Annotated[str | None, typer.Option(help="A new folder for tables and pictures.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Widths = Annotated[list[int] | None, typer.Option("--width", help="Hidden units; repeatable.")]
 Examples = Annotated[int, typer.Option(help="Training examples of the ReLU teacher.")]

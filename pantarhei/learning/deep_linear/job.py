@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,28 +11,17 @@ from numpy.typing import NDArray
 
 from pantarhei.data.table import Table
 from pantarhei.errors import RequestError, nearest
-from pantarhei.files import atomic, write_csv, write_json
 from pantarhei.learning.deep_linear.closed_forms import stability_bound
 from pantarhei.learning.deep_linear.correlations import Correlations, whiten
 from pantarhei.learning.deep_linear.flow import gradient_descent
 from pantarhei.learning.deep_linear.prediction import Prediction, predict, time_to
+from pantarhei.learning.outcome import Outcome
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job found: a summary for people and JSON, tables, and pictures."""
-
-    title: str
-    summary: Mapping[str, Any]
-    table: Sequence[Mapping[str, Any]]
-    curves: Mapping[str, Sequence[Mapping[str, Any]]]
-    figures: Mapping[str, Callable[[], Figure]]
 
 
 def learning_curve(
@@ -114,7 +101,7 @@ def learning_curve(
         title = f"A linear network of widths {', '.join(map(str, summary['widths']))}"
         return mode_curves(predicted, simulated, title=title, unit="step", losses=losses)
 
-    return Outcome("Modes, in steps of descent", summary, rows, {"curves": curve}, {"curves": draw})
+    return Outcome("Modes, in steps of descent", rows, summary, {"curves": curve}, {"curves": draw})
 
 
 def _prepare(
@@ -298,7 +285,7 @@ def depths(
 
     summary = {"task": what, "error": error, "max_steps": max_steps, "rates": list(rates)}
     title = f"Steps to {error:.0%} of the learnable loss, at the best rate"
-    return Outcome(title, summary, table_rows, {"depth": rows}, {"depth": draw})
+    return Outcome(title, table_rows, summary, {"depth": rows}, {"depth": draw})
 
 
 def gains(
@@ -358,63 +345,8 @@ def gains(
     ]
     return Outcome(
         "Jacobian of the whole network: share of singular values in [0.1, 10], and their range",
-        summary,
         table,
+        summary,
         {"spectra": flat},
         {"share": shares, "spectra": spectra},
     )
-
-
-def check_out(out: str | None) -> None:
-    """Refuse, before any work, a folder that holds something."""
-    if out is None:
-        return
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"'{out}' is there already: name a new folder with --out.")
-
-
-def deliver(outcome: Outcome, out: str | None, json: bool) -> None:
-    """Print an outcome, and write its CSV, JSON and pictures where ``out`` says."""
-    from pantarhei import report
-
-    document = _plain({**outcome.summary, "table": list(outcome.table)})
-    if out is not None:
-        check_out(out)
-        folder = Path(out)
-        for name, rows in {"table": outcome.table, **outcome.curves}.items():
-            write_csv(folder / f"{name}.csv", rows)
-        write_json(folder / "summary.json", document)
-        for name, draw in outcome.figures.items():
-            figure = draw()
-            for suffix in ("png", "svg"):
-                with atomic(folder / f"{name}.{suffix}") as path:
-                    figure.savefig(path, dpi=150, bbox_inches="tight")
-        document["files"] = sorted(str(path) for path in folder.iterdir())
-    if json:
-        report.emit_json(document)
-        return
-    columns = list(outcome.table[0])
-    shown = ([_shown(row[key]) for key in columns] for row in outcome.table)
-    report.emit(report.table(outcome.title, columns, shown))
-    for key, value in outcome.summary.items():
-        print(f"{key.replace('_', ' ')}: {_shown(value)}")
-    if out is not None:
-        print(f"Everything is in {out}.")
-
-
-def _plain(value: Any) -> Any:
-    """Return the value as JSON has it: what is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "never" if value > 0 else "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(_shown(item) for item in value) if value else "none"
-    return str(value)

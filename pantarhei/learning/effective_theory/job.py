@@ -25,8 +25,6 @@ from pantarhei.probes.mean_field import Activation, critical_gain, critical_poin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NONE = "-"
-
 
 def analyse(activations: Sequence[str], gamma: float) -> Outcome:
     """Return the class and critical point of each activation."""
@@ -38,12 +36,12 @@ def analyse(activations: Sequence[str], gamma: float) -> Outcome:
             {
                 "activation": name,
                 "class": point.universality,
-                "C_b": _or_none(point.C_b),
-                "C_W": _or_none(point.C_W),
-                "K*": _or_none(point.K),
-                "nu": _or_none(point.nu),
-                "a1": _or_none(point.a1),
-                "b1": _or_none(point.b1),
+                "C_b": point.C_b,
+                "C_W": point.C_W,
+                "K*": point.K,
+                "nu": point.nu,
+                "a1": point.a1,
+                "b1": point.b1,
                 "gain": _gain(act),
                 "kinks": " ".join(f"{k:g}" for k in act.kinks.tolist()) or "none",
                 "why": point.reason,
@@ -136,7 +134,7 @@ def vertex(
         f"{activation}, {layers} layers: cumulants are these over the width",
         rows,
         facts,
-        lambda: _draw_vertices(activation, rows, width),
+        figures={"vertices": lambda: _draw_vertices(activation, rows, width)},
     )
 
 
@@ -153,14 +151,14 @@ def advice(
     """Return how wide and deep a network should be, and how to initialise it."""
     told = advise(activation, outputs, depth=depth, width=width, gamma=gamma)
     facts: dict[str, Any] = {
-        "C_b": _or_none(told.critical.C_b),
-        "C_W": _or_none(told.critical.C_W),
-        "K*": _or_none(told.critical.K) if told.critical.K else _NONE,
-        "nu": _or_none(told.critical.nu),
+        "C_b": told.critical.C_b,
+        "C_W": told.critical.C_W,
+        "K*": told.critical.K or None,
+        "nu": told.critical.nu,
         "best depth over width": told.ratio,
-        "depth": told.depth or _NONE,
-        "width": told.width or _NONE,
-        "V/(n K^2)": _or_none(told.non_gaussianity),
+        "depth": told.depth,
+        "width": told.width,
+        "V/(n K^2)": told.non_gaussianity,
     }
     if networks and told.depth and told.width and told.width > 1:
         row = sweep(
@@ -202,15 +200,11 @@ def _save(model: nn.Module, out: str) -> None:
         save_model(model, str(temporary))
 
 
-def _gain(act: Activation) -> Any:
+def _gain(act: Activation) -> float | None:
     try:
         return critical_gain(act).gain
     except RequestError:
-        return _NONE
-
-
-def _or_none(value: float | None) -> Any:
-    return _NONE if value is None else value
+        return None
 
 
 def _draw_vertices(activation: str, rows: list[dict[str, Any]], width: int) -> Figure:

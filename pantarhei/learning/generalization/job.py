@@ -98,7 +98,7 @@ def _data_curve(table: Table, snr: float | None, inr: float, times: Array, fine:
         f"Expected errors of a linear model of {name}",
         rows,
         _stop_facts(found),
-        lambda: error_curves(fine, {name: found.errors(fine)}, best, unit=""),
+        figures={"curve": lambda: error_curves(fine, {name: found.errors(fine)}, best, unit="")},
     )
 
 
@@ -131,7 +131,7 @@ def _theory_curve(
         f"Errors over the teacher's variance, SNR {snr:g}, INR {inr:g}",
         rows,
         {f"best time, {name}": t for name, t in best.items()},
-        draw,
+        figures={"curve": draw},
     )
 
 
@@ -248,9 +248,8 @@ def sweep(
     title = (
         f"Random ReLU features of {name}: {many} examples, medians of {seeds} seeds, t to {until:g}"
     )
-    return Outcome(
-        title, rows, {}, lambda: (figures.bounds if bounds else figures.overtraining)(found, name)
-    )
+    draw = figures.bounds if bounds else figures.overtraining
+    return Outcome(title, rows, figures={"widths": lambda: draw(found, name)})
 
 
 def _split(table: Table, test_share: float, seed: int) -> Any:

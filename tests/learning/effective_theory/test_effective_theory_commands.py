@@ -39,14 +39,14 @@ def call(monkeypatch, tmp_path, capsys):
 
 def test_analyse(call):
     code, out, _ = call("analyse", "gelu", "sigmoid", "torch:tanh", "--json")
-    rows = {row["activation"]: row for row in json.loads(out)["rows"]}
+    rows = {row["activation"]: row for row in json.loads(out)["table"]}
     assert code == 0
     assert rows["gelu"]["C_b"] == pytest.approx(0.17292239, abs=1e-8)
-    assert rows["sigmoid"]["class"] == "none" and rows["sigmoid"]["C_b"] == "-"
+    assert rows["sigmoid"]["class"] == "none" and rows["sigmoid"]["C_b"] is None
     assert rows["torch:tanh"]["a1"] == -2
-    code, out, _ = call("analyse", "relu", "--gamma", 0.5, "--out", "table.csv")
+    code, out, _ = call("analyse", "relu", "--gamma", 0.5, "--out", "found")
     assert code == 0 and "scale-invariant" in out and "1.5" in out
-    assert call("analyse", "relu", "--out", "table.csv")[0] == 2
+    assert call("analyse", "relu", "--out", "found")[0] == 2
 
 
 def test_init_writes_critical_weights(call, tmp_path):
@@ -57,8 +57,8 @@ def test_init_writes_critical_weights(call, tmp_path):
     second = weights["3.weight"]
     assert float(second.var()) * 300 == pytest.approx(point.C_W, rel=0.03)
     assert torch.equal(weights["1.weight"], torch.ones(300))
-    assert told["rows"][1]["std of weights"] == pytest.approx((point.C_W / 300) ** 0.5)
-    assert told["rows"][1]["SGD rate of weights"] == pytest.approx(1 / 2 / 300)
+    assert told["table"][1]["std of weights"] == pytest.approx((point.C_W / 300) ** 0.5)
+    assert told["table"][1]["SGD rate of weights"] == pytest.approx(1 / 2 / 300)
     model = nn.Sequential(nn.Linear(4, 300), nn.LayerNorm(300), nn.GELU(), nn.Linear(300, 300))
     model.load_state_dict(weights)
     code, _, err = call("init", "mynet:build", "--out", "w.safetensors")
@@ -67,11 +67,11 @@ def test_init_writes_critical_weights(call, tmp_path):
 
 def test_vertex(call, tmp_path):
     code, out, _ = call("vertex", "relu", "--layers", 3, "--networks", 50, "--json")
-    rows = json.loads(out)["rows"]
+    rows = json.loads(out)["table"]
     assert code == 0 and [row["V"] for row in rows] == pytest.approx([0, 20, 40])
     assert rows[2]["V error"] > 0 and rows[2]["P"] == 0
-    code, out, _ = call("vertex", "tanh", "--layers", 4, "--out", "v.png")
-    assert code == 0 and (tmp_path / "v.png").stat().st_size > 10_000
+    code, out, _ = call("vertex", "tanh", "--layers", 4, "--out", "v")
+    assert code == 0 and (tmp_path / "v" / "vertices.png").stat().st_size > 10_000
     assert "Theta" in out
 
 
@@ -93,7 +93,7 @@ def test_advise(call):
         (("init", "mynet"), "module:function"),
         (("init", "mynet:wrong"), "not a torch.nn.Module"),
         (("init", "mynet:build", "--out", "w.pt"), "choose .safetensors"),
-        (("vertex", "relu", "--out", "v.txt"), "known ending"),
+        (("vertex", "relu", "--out", "."), "new folder"),
     ],
 )
 def test_bad_requests_are_one_sentence(call, arguments, sentence):

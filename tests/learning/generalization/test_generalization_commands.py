@@ -36,13 +36,13 @@ def table(path, target="price", words=False):
 def test_stop_on_a_table_is_the_functions_answer(tmp_path):
     x, y = table(tmp_path / "t.csv")
     found = json.loads(call("stop", tmp_path / "t.csv", "--lr", 0.01, "--json").stdout)
-    values = {row["quantity"]: row["value"] for row in found["rows"]}
+    values = {row["quantity"]: row["value"] for row in found["table"]}
     expected = stopping_time((x - x.mean(0)) / x.std(0), y, lr=0.01)
     assert values["best step"] == round(expected.steps)
     assert values["best time t / tau"] == pytest.approx(expected.time)
     assert values["SNR"] == pytest.approx(expected.snr)
     raw = json.loads(call("stop", tmp_path / "t.csv", "--raw", "--json").stdout)
-    assert raw["rows"][1]["value"] != values["SNR"]
+    assert raw["table"][1]["value"] != values["SNR"]
 
 
 def test_npz_and_words_are_read(tmp_path):
@@ -58,7 +58,7 @@ def test_npz_and_words_are_read(tmp_path):
 
 def test_stop_without_data_is_the_theory():
     found = json.loads(call("stop", "--alpha", 0.5, "--snr", 1, "--snr", 5, "--json").stdout)
-    times = [row["best time"] for row in found["rows"]]
+    times = [row["best time"] for row in found["table"]]
     np.testing.assert_allclose(times, optimal_time(0.5, [1.0, 5.0]))
     shown = call("stop", "--alpha", 1).stdout
     assert "best ridge" in shown and "inf" in shown
@@ -68,13 +68,13 @@ def test_stop_without_data_is_the_theory():
 def test_curve_is_written_and_drawn(tmp_path, data):
     table(tmp_path / "t.csv")
     words = ["curve", *([tmp_path / "t.csv"] if data else ["--alpha", 2]), "--points", 5]
-    call(*words, "--out", tmp_path / "c.csv")
-    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
+    assert "Everything is in" in call(*words, "--out", tmp_path / "c").stdout
+    rows = list(csv.DictReader((tmp_path / "c" / "table.csv").open()))
     assert len(rows) == 5
     train = [float(row["train" if data else "train, P/N = 2"]) for row in rows]
     assert train == sorted(train, reverse=True)
-    assert "Written to" in call(*words, "--out", tmp_path / "c.png").stdout
-    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "c" / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(json.loads((tmp_path / "c" / "summary.json").read_text())["table"]) == 5
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -83,15 +83,15 @@ def test_sweeps(tmp_path, command, data):
     table(tmp_path / "t.csv")
     words = [command, *([tmp_path / "t.csv"] if data else ["--examples", 45]), "--seeds", 3]
     words += ["--width", 10, "--width", 45, "--width", 200, "--json"]
-    found = json.loads(call(*words, "--out", tmp_path / "w.svg").stdout)
-    assert [row["width"] for row in found["rows"]] == [10, 45, 200]
+    found = json.loads(call(*words, "--out", tmp_path / "w").stdout)
+    assert [row["width"] for row in found["table"]] == [10, 45, 200]
     key = "overtraining" if command == "width-sweep" else "conditioned bound"
-    values = [row[key] for row in found["rows"]]
+    values = [row[key] for row in found["table"]]
     assert values[1] == max(values)
     if command == "bound":
-        plain = [row["plain bound"] for row in found["rows"]]
+        plain = [row["plain bound"] for row in found["table"]]
         assert plain == sorted(plain)
-    assert (tmp_path / "w.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "w" / "widths.svg").read_text().startswith("<?xml")
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,7 @@ def test_sweeps(tmp_path, command, data):
         (None, ["stop", "--lr", "0.1"], "name a table"),
         (None, ["curve", "--points", "1"], "--points"),
         (None, ["curve", "--alpha", "-1"], "alpha must be positive"),
-        (None, ["curve", "--out", "x.pdf"], "no known ending"),
-        (None, ["stop", "--out", "DIR/x.png"], "no picture"),
+        (None, ["stop", "--out", "FOLDER"], "there already"),
         (None, ["width-sweep", "--seeds", "0"], "--seeds"),
     ],
 )
@@ -120,18 +119,20 @@ def test_bad_requests_are_one_sentence(tmp_path, content, words, sentence):
     file = tmp_path / "t.csv"
     if content is not None:
         file.write_text(content)
-    names = {"FILE": str(file), "DIR/x.png": str(tmp_path / "x.png")}
+    (tmp_path / "mine").write_text("mine")
+    names = {"FILE": str(file), "FOLDER": str(tmp_path / "mine")}
     with pytest.raises(RequestError, match=sentence):
         call(*[names.get(word, word) for word in words])
-    assert not (tmp_path / "x.png").exists()
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_nothing_is_overwritten_and_pickles_are_not_opened(tmp_path):
-    there = tmp_path / "c.csv"
+    there = tmp_path / "mine" / "table.csv"
+    there.parent.mkdir()
     there.write_text("mine")
-    with pytest.raises(RequestError, match="exists already"):
-        call("curve", "--out", there)
-    assert there.read_text() == "mine"
+    with pytest.raises(RequestError, match="there already"):
+        call("curve", "--out", there.parent)
+    assert there.read_text() == "mine" and list(there.parent.iterdir()) == [there]
     np.savez(tmp_path / "t.npz", X=np.array([{}, {}], dtype=object), y=np.zeros(2))
     with pytest.raises(RequestError, match="not the file expected"):
         call("stop", tmp_path / "t.npz")
