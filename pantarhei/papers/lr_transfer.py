@@ -114,8 +114,7 @@ CLAIMS = (
 
 # Exponents of two bound the grids. NTP's best rate is far above muP's, and at its grid's upper end
 # in the sheet's trial: its own grid goes higher. The edge's rate and steps were chosen after a
-# trial (quick: on its own widths; cpu: on width 64). The cpu scale has not been run to its end yet;
-# judged by single steps it takes about 20 minutes of one core.
+# trial (quick: on its own widths; cpu: on width 64).
 SETTINGS: dict[str, dict[str, Any]] = {
     "quick": {
         "data": "digits",
