@@ -16,8 +16,10 @@ from typing import Annotated
 
 import typer
 
+from pantarhei.data.simulate.command import simulate
 from pantarhei.errors import RequestError, nearest
 from pantarhei.learning.commands import deep_linear, effective_theory, generalization, lr_transfer
+from pantarhei.systems.commands.forecast import forecast
 
 app = typer.Typer(
     name="pantarhei",
@@ -28,7 +30,8 @@ app = typer.Typer(
 )
 for group in (deep_linear, generalization, effective_theory):
     app.add_typer(group.app)
-app.command("lr-transfer")(lr_transfer.lr_transfer)
+for command in (lr_transfer.lr_transfer, simulate, forecast):
+    app.command()(command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _FAULT = 70

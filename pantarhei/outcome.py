@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job found: a ``table`` and ``facts`` to be shown, further tables, and pictures."""
+    """What a job found: a ``table`` and ``facts`` to be shown, further tables, pictures and files.
+
+    ``files`` are written by functions of the path, each under its name.
+    """
 
     title: str
     table: Sequence[Mapping[str, Any]]
     facts: Mapping[str, Any] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
+    files: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
 
 
 def check_out(out: str | None) -> None:
@@ -48,6 +52,8 @@ def deliver(outcome: Outcome, out: str | None, json: bool) -> None:
         write_json(folder / "summary.json", document)
         for name, draw in outcome.figures.items():
             write_figure(folder / f"{name}.png", draw())
+        for name, write in outcome.files.items():
+            write(folder / name)
         document["files"] = sorted(str(path) for path in folder.iterdir())
     if json:
         report.emit_json(document)

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(name="simulate", help="Simulate sets of trajectories.")
-
 
 class Format(StrEnum):
     """The files that are written."""
@@ -17,7 +15,6 @@ class Format(StrEnum):
     h5 = "h5"
 
 
-@app.command()
 def simulate(
     name: Annotated[
         str | None,

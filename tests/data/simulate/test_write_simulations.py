@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pantarhei.data.simulate.command import app
+from pantarhei.cli import app
 from pantarhei.data.simulate.translation import Translation
 from pantarhei.data.simulate.write import SIMULATORS, simulator, write
 from pantarhei.data.trajectories import open_trajectories
@@ -83,13 +83,13 @@ def test_wrong_names_and_settings():
 def test_the_command(tmp_path):
     run = CliRunner().invoke
     asked = ["translation", "--cases", "3", "--set", "size=8", "--set", "waves=2", "--json"]
-    done = run(app, [*asked, "--out", str(tmp_path / "set")])
+    done = run(app, ["simulate", *asked, "--out", str(tmp_path / "set")])
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert document["cases"] == 3 and len(document["files"]) == 1
     assert open_trajectories(tmp_path / "set").shape == (3, 14, 1, 8, 8)
-    listed = run(app, [])
+    listed = run(app, ["simulate"])
     assert all(name in listed.stdout for name in SIMULATORS)
     for wrong in (["smoke"], ["smoke", "--set", "size", "--out", "x"], ["fire"],
                   ["smoke", "--device", "tpu", "--out", "x"]):  # fmt: skip
-        assert isinstance(run(app, wrong).exception, RequestError)
+        assert isinstance(run(app, ["simulate", *wrong]).exception, RequestError)

@@ -1,0 +1,1 @@
+"""Commands of the systems wing; each module is one."""

@@ -1,0 +1,128 @@
+"""``pantarhei forecast`` on arrays of one's own: what it writes, compares and refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pantarhei import cli
+from pantarhei.data.trajectories import Trajectories
+from pantarhei.systems.forecaster import FieldForecaster
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """Call the command line in this process: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*words):
+        code = cli.main(["forecast", *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return invoke
+
+
+def waves(cases=8, frames=9, size=(16, 16), seed=0, **about):
+    """Waves that travel one cell a frame: persistence is wrong, a shift is right."""
+    rng = np.random.default_rng(seed)
+    x = [2 * np.pi * np.arange(n) / n for n in size]
+    phases = rng.uniform(0, 2 * np.pi, (cases, 1, 2, *(1,) * len(size)))
+    shift = 2 * np.pi / size[0] * np.arange(frames).reshape(1, -1, 1, *(1,) * len(size))
+    grid = np.meshgrid(*x, indexing="ij")
+    states = np.sin(grid[0] - shift + phases) + 0.1 * rng.normal(size=(cases, 1, 2, *size))
+    return Trajectories.of(states.astype(np.float32), channels=("u", "v"), dt=0.5, **about)
+
+
+SMALL = ("--steps", 3, "--members", 2, "--parameters", 30_000, "--history", 1, "--device", "cpu")
+
+
+def test_it_forecasts_arrays_of_ones_own(call, tmp_path):
+    waves().save(tmp_path / "mine.npz")
+    code, out, _ = call("mine.npz", *SMALL, "--horizon", 4, "--baseline", "unet", "--out", "found",
+                        "--json")  # fmt: skip
+    told = json.loads(out)
+    assert code == 0
+    names = [row["model"] for row in told["table"]]
+    assert names == ["sinenet", "unet", "persistence", "training mean"]
+    rows = list(csv.DictReader((tmp_path / "found" / "errors.csv").open()))
+    assert [float(row["time"]) for row in rows] == [0.5, 1.0, 1.5, 2.0]
+    with np.load(tmp_path / "found" / "forecast.npz") as kept:
+        truth, shown, low, high, cases = (
+            kept[k] for k in ("truth", "forecast", "low", "high", "cases")
+        )
+        assert truth.shape == shown.shape == (len(cases), 4, 2, 16, 16)
+        assert (low <= shown).all() and (shown <= high).all()
+        inside = (low <= truth) & (truth <= high)
+    np.testing.assert_allclose(
+        inside.mean((0, 2, 3, 4)), [float(row["coverage"]) for row in rows], atol=1e-6
+    )
+    # the errors are of what was written, in units of the training data's deviation
+    data = waves()
+    one = FieldForecaster.load(tmp_path / "found" / "model-0")
+    sd = one.statistics.sd.reshape(1, 1, 2, 1, 1)
+    error = np.sqrt((((shown - truth) / sd) ** 2).mean((3, 4))).mean((0, 2))
+    np.testing.assert_allclose(error, [float(row["sinenet"]) for row in rows], rtol=1e-4)
+    start = data.tensor(cases, 0, 1)
+    member = one.forecast(start, 4).kept
+    other = FieldForecaster.load(tmp_path / "found" / "model-1").forecast(start, 4).kept
+    np.testing.assert_allclose((member + other) / 2, shown, rtol=1e-4, atol=1e-5)
+    with Image.open(tmp_path / "found" / "forecast.gif") as film:
+        assert film.n_frames == 4
+    for name in ("errors", "frames"):
+        assert (tmp_path / "found" / f"{name}.png").stat().st_size > 5000
+
+
+def test_the_naive_forecasts_are_what_they_say(call, tmp_path):
+    data = waves()
+    data.save(tmp_path / "mine.npz")
+    other = waves(cases=3, seed=9)
+    other.save(tmp_path / "test.npz")
+    code, out, _ = call("mine.npz", *SMALL, "--horizon", 2, "--test", "test.npz", "--out", "found",
+                        "--model", "fno", "--json")  # fmt: skip
+    told = json.loads(out)
+    assert code == 0 and told["tested on"] == 3 and told["trained on"] + told["calibrated on"] == 8
+    rows = {row["model"]: row for row in told["table"]}
+    sd = FieldForecaster.load(tmp_path / "found" / "model-0").statistics.sd.reshape(1, 2, 1, 1)
+    states = other.tensor(None, 0, 3).numpy()
+    gap = (states[:, 0] - states[:, 2]) / sd
+    expected = np.sqrt((gap**2).mean((2, 3))).mean()
+    assert rows["persistence"]["step 2"] == pytest.approx(expected, rel=1e-4)
+    assert rows["persistence"]["skill over persistence"] == 0
+    assert rows["training mean"]["parameters"] is None
+
+
+@pytest.mark.parametrize("size", [(32,), (8, 8, 8)])
+def test_one_and_three_dimensions(call, tmp_path, size):
+    waves(size=size, cases=4, frames=4).save(tmp_path / "mine.npz")
+    code, _, err = call("mine.npz", *SMALL, "--horizon", 2, "--out", "found", "--json",
+                        "--padding", "circular")  # fmt: skip
+    assert code == 0, err
+    assert (tmp_path / "found" / "forecast.gif").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("none.npz",), "does not exist"),
+        (("mine.npz", "--model", "sinnet"), "Did you mean 'sinenet'"),
+        (("mine.npz", "--horizon", 30), "the shortest has 9"),
+        (("mine.npz", "--coverage", 1.5), "--coverage"),
+        (("mine.npz", "--padding", "mirror"), "choose zeros or circular"),
+        (("mine.npz", "--out", "."), "new folder"),
+        (("two.npz",), "2 trajectories"),
+        (("mine.npz", "--parameters", 10), "or more"),
+        (("mine.npz", "--test", "other.npz"), "sets of the same"),
+        (("series.npz",), "without a grid"),
+    ],
+)
+def test_bad_requests_are_one_sentence(call, tmp_path, words, sentence):
+    waves().save(tmp_path / "mine.npz")
+    waves(cases=2).save(tmp_path / "two.npz")
+    waves(size=(8, 8)).save(tmp_path / "other.npz")
+    Trajectories.of(np.zeros((4, 9, 2))).save(tmp_path / "series.npz")
+    code, _, err = call(*words)
+    assert code == 2 and sentence in err and len(err.strip().splitlines()) == 1
