@@ -1,0 +1,1 @@
+"""Forecasters of changing things: graphs, fields and series that are run forward."""
