@@ -99,14 +99,22 @@ class EvolveGCN(nn.Module):
 
     def step(self, graph: Graph, state: Mapping[str, Tensor]) -> tuple[Embedded, State]:
         """Take in one snapshot: return the embeddings of its nodes, and the next state."""
+        hidden, after = self._advance(graph, state, read=True)
+        return Embedded(hidden, graph.nodes), after
+
+    def _advance(
+        self, graph: Graph, state: Mapping[str, Tensor], read: bool
+    ) -> tuple[Tensor, State]:
+        """Evolve every layer's weight; convolve where the next weight, or a reader, needs it."""
         after: State = {}
         hidden = graph.features
         for i, (cell, activation) in enumerate(zip(self.cells, self.activations, strict=True)):
             own = {key.partition(".")[2]: v for key, v in state.items() if key.startswith(f"{i}.")}
             new = cell(self._input(i, hidden, graph.active, own["weight"]), own)
             after |= {f"{i}.{key}": value for key, value in new.items()}
-            hidden = activation(graph.adjacency @ project(hidden, new["weight"]))
-        return Embedded(hidden, graph.nodes), after
+            if read or (self.variant == "h" and i < len(self.cells) - 1):
+                hidden = activation(graph.adjacency @ project(hidden, new["weight"]))
+        return hidden, after
 
     def forward(
         self, graphs: Sequence[Graph], state: Mapping[str, Tensor] | None = None
@@ -115,9 +123,9 @@ class EvolveGCN(nn.Module):
         if not graphs:
             raise RequestError("There is no snapshot to embed: give one or more.")
         state = self.initial_state() if state is None else state
-        for graph in graphs:
-            embedded, state = self.step(graph, state)
-        return embedded
+        for graph in graphs[:-1]:
+            _, state = self._advance(graph, state, read=False)
+        return self.step(graphs[-1], state)[0]
 
     def _input(self, layer: int, hidden: Tensor, active: Tensor, weight: Tensor) -> Tensor:
         if self.summaries is None:
