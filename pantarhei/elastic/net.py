@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from pantarhei.cost import Cost, latency_ms
 from pantarhei.elastic.blocks import Stage, find_stages
@@ -356,8 +356,12 @@ class ElasticNet(nn.Module):
         """
         args, choice = _split_choice(args, choice)
         plan = self.plan(choice)
-        with self.body(plan) as body:
-            return self._bodies.lend(body, body.run(args, kwargs, plan.exit))
+        try:
+            with self.body(plan) as body:
+                return self._bodies.lend(body, body.run(args, kwargs, plan.exit))
+        except _OF_INPUTS as error:
+            self._explain(error, args, kwargs)
+            raise
 
     def body(self, plan: Plan, evaluate: bool = False) -> AbstractContextManager[Body]:
         """Lend the module tree bound to a choice: see :mod:`pantarhei.elastic.bodies`."""
@@ -441,8 +445,12 @@ class ElasticNet(nn.Module):
         """Return the outputs of every exit's head and of the whole network, in one pass."""
         args, choice = _split_choice(args, choice)
         plan = self.plan(choice)
-        with self.body(plan) as body:
-            return self._bodies.lend(body, body.run_all(args, kwargs))
+        try:
+            with self.body(plan) as body:
+                return self._bodies.lend(body, body.run_all(args, kwargs))
+        except _OF_INPUTS as error:
+            self._explain(error, args, kwargs)
+            raise
 
     def adaptive(
         self, *args: Any, policy: Policy | None = None, choice: Choice | None = None, **kwargs: Any
@@ -460,9 +468,39 @@ class ElasticNet(nn.Module):
         if policy is None:
             raise RequestError("adaptive() needs a policy: pass Confidence(0.9), for instance.")
         plan = self.plan(choice)
-        with self.body(plan, evaluate=True) as body:
-            macs = self.exit_macs(plan.choice)
-            return run_adaptive(body, args, kwargs, policy, macs, self._carriers)
+        macs = self.exit_macs(plan.choice)
+        try:
+            with self.body(plan, evaluate=True) as body:
+                return run_adaptive(body, args, kwargs, policy, macs, self._carriers)
+        except _OF_INPUTS as error:
+            self._explain(error, args, kwargs)
+            raise
+
+    def _explain(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise one clear sentence where inputs that differ from the example inputs failed.
+
+        Only after a failure: many networks run at other sizes than the one they were read with.
+        """
+        if isinstance(error, RequestError | torch.OutOfMemoryError):
+            return
+        example, known = tree_flatten_with_path(self.example)
+        given, asked = tree_flatten_with_path((args, kwargs))
+        if known != asked:
+            return  # called in another way: Python's own error names the argument
+        for (path, wanted), (_, value) in zip(example, given, strict=True):
+            if not (isinstance(wanted, Tensor) and isinstance(value, Tensor)):
+                continue
+            same = value.dtype.is_floating_point == wanted.dtype.is_floating_point
+            if value.shape[1:] == wanted.shape[1:] and value.dim() == wanted.dim() and same:
+                continue
+            kinds = [f"{t.dtype}".removeprefix("torch.") for t in (value, wanted)]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RequestError(
+                f"This network does not run on input{keystr(path[1:])} of shape "
+                f"{tuple(value.shape)} ({kinds[0]}): give it the shape of the example inputs of "
+                f"elastic(), {tuple(wanted.shape)} ({kinds[1]}), where the first size is free "
+                f"({reason[:200]})."
+            ) from error
 
     def latency(
         self, choice: Choice | None = None, *args: Any, repeats: int = 10, **kwargs: Any
@@ -673,6 +711,10 @@ def elastic(
         if found:
             found.check_batches(net)
     return net
+
+
+# What a forward raises on inputs that it cannot take.
+_OF_INPUTS = (RuntimeError, ValueError, TypeError, IndexError)
 
 
 def _split_choice(

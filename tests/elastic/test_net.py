@@ -17,7 +17,7 @@ from zoo import UNet, check, hugging, inside, leaves, same, snapshot, unchanged
 
 import pantarhei as pr
 from pantarhei.cost import profile
-from pantarhei.elastic import Choice, Sized
+from pantarhei.elastic import Choice, Confidence, Sized, elastic
 from pantarhei.errors import RequestError
 
 SMALL = Choice(width=0.5)
@@ -211,7 +211,7 @@ def test_a_failing_forward_leaves_nothing_behind() -> None:
     before = snapshot(model)
     for choice in net.space:
         for call in (net, net.all_exits):
-            with pytest.raises(RuntimeError):
+            with pytest.raises(RequestError, match="example inputs"):
                 call(torch.ones(1, 4, 8, 8), choice=choice)
     with pytest.raises(ZeroDivisionError):
         net.adaptive(x, lambda answers: 1 / 0)
@@ -524,3 +524,39 @@ def test_an_axis_without_any_group_left_says_why() -> None:
 
     with pytest.raises(RequestError, match=r"none; 'a' cannot change: .* 1x8 where 2x4"):
         pr.elastic(Fixed(), torch.ones(2, 4), width=(0.5, 1.0))
+
+
+@pytest.mark.parametrize("call", ["net", "all_exits", "adaptive"])
+def test_inputs_that_do_not_fit_are_one_sentence(call):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    net = elastic(model, torch.randn(2, 3, 4), width=(0.5, 1.0), exits={"1": nn.Linear(8, 3)})
+    run = {
+        "net": net,
+        "all_exits": net.all_exits,
+        "adaptive": lambda x: net.adaptive(x, Confidence(0.5)),
+    }[call]
+    run(torch.randn(5, 4, 3))  # not the example's shape, but the network runs on it
+    for wrong in (torch.randn(2, 3, 5), torch.randn(2, 3, 4, 2), torch.ones(2, 3, 4).long()):
+        with pytest.raises(RequestError, match=r"example inputs of elastic\(\), \(2, 3, 4\)"):
+            run(wrong)
+    with pytest.raises((TypeError, AttributeError, RequestError)):
+        run("text")
+
+
+def test_the_networks_own_errors_pass():
+    class Refuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x, wanted=True):
+            if not wanted:
+                raise ValueError("mine")
+            return self.b(torch.relu(self.a(x)))
+
+    x = torch.randn(2, 4)
+    net = elastic(Refuses(), {"x": x, "wanted": True}, width=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"^mine$"):
+        net(x=x, wanted=False)
+    with pytest.raises(RequestError, match=r"input\['x'\] of shape \(2, 5\)"):
+        net(x=torch.randn(2, 5), wanted=True)
