@@ -53,7 +53,7 @@ def parameter_spread(variant: str) -> int:
     counts = []
     for steps, nodes in ((30, 40), (30, 400), (60, 40)):
         problem = Problem.of(drift(steps=steps, nodes=nodes), "node", window=2)
-        model = build(f"evolvegcn-{variant}", problem, 8)
+        model = build(f"evolvegcn-{variant}", problem.width, 8)
         model(problem.seen(9))
         counts.append(sum(p.numel() for p in model.parameters()))
     return max(counts) - min(counts)

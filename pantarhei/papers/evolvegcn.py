@@ -331,7 +331,7 @@ def trained(run: Run, name: str, problem: Problem, model: str, rate: float, seed
     label = f"{name} {model} {rate:g} {seed}"
     return train(
         problem,
-        build(model, problem, hidden, seed=number),
+        build(model, problem.width, hidden, seed=number),
         head_hidden=head,
         epochs=settings.epochs,
         patience=settings.patience,
@@ -457,7 +457,7 @@ def drift_trained(run: Run, problem: Problem, name: str, seed: int) -> Forecaste
     number = 1000 * run.seed + seed
     return train(
         problem,
-        build(model, problem, 32, seed=number),
+        build(model, problem.width, 32, seed=number),
         policy=policy or "restart",  # type: ignore[arg-type]
         truncation=8,
         head_hidden=32,

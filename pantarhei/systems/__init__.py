@@ -1,1 +1,1 @@
-"""Forecasters of changing things: graphs, fields and series that are run forward."""
+"""What will this changing thing do next? Learned models of fields, graphs, series and bodies."""

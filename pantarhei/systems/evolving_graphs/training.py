@@ -1,7 +1,7 @@
 r"""Training and judging forecasters of changing graphs, on whatever snapshots one has.
 
     problem = Problem.of(snapshots(read_events("calls.csv"), 86400), "link", window=10)
-    trained = train(problem, build("evolvegcn-h", problem, hidden=50), epochs=20)
+    trained = train(problem, build("evolvegcn-h", problem.width, hidden=50), epochs=20)
     evaluate(trained.forecaster, problem, problem.split.test)
 
 At step t a forecaster sees the snapshots t - window to t. Tasks: ``"link"``, the edges of snapshot
@@ -73,6 +73,7 @@ class Problem:
         validation: float = 0.1,
         parts: Split | None = None,
         degree_cap: int | None = None,
+        width: int | None = None,
         weighted: bool = True,
         device: torch.device | str = "cpu",
     ) -> Problem:
@@ -80,7 +81,8 @@ class Problem:
 
         Without features of one's own a node has its one-hot out-degree, as wide as the training
         steps need (later larger degrees share the last place), or ``degree_cap`` if that is less: a
-        gate of EvolveGCN costs the square of it.
+        gate of EvolveGCN costs the square of it. ``width`` gives it instead, to run a model that
+        was trained elsewhere.
 
         Raises :class:`RequestError` for an unknown task, for labels that are not there, and where a
         part of the split has nothing to tell.
@@ -94,11 +96,11 @@ class Problem:
         if window < 0:
             raise RequestError(f"window={window}: see 0 or more snapshots before the last.")
         parts = parts or split(len(snapshots), train, validation, first=window)
-        if snapshots.features is None:
+        if snapshots.features is not None:
+            width = snapshots.features[0].values.shape[1]
+        elif width is None:
             seen = degree_width(snapshots, range(parts.train.stop))
             width = max(2, seen if degree_cap is None else min(seen, degree_cap))
-        else:
-            width = snapshots.features[0].values.shape[1]
         problem = cls(
             task,
             snapshots,
@@ -113,7 +115,8 @@ class Problem:
             2 if task == "link" else max(2, len(snapshots.classes)),
         )
         for name in ("train", "validation", "test"):
-            if not problem.told(getattr(parts, name)):
+            part = getattr(parts, name)
+            if part and not problem.told(part):
                 raise RequestError(
                     f"'{snapshots.name}' has nothing to tell in its {name} part: use wider bins or "
                     "other shares."
@@ -258,16 +261,16 @@ class Trained:
         return [row for row in self.fit.history if f"validation_{self.measure}" in row]
 
 
-def build(
-    name: str, problem: Problem, hidden: int = 50, layers: int = 2, seed: int = 0
-) -> nn.Module:
-    """Return a model by name, drawn with ``seed``: evolvegcn-h, evolvegcn-o, gcn, gcn-gru or mlp.
+def build(name: str, width: int, hidden: int = 50, layers: int = 2, seed: int = 0) -> nn.Module:
+    """Return a model by name for ``width`` features, drawn with ``seed``.
+
+    The names are evolvegcn-h, evolvegcn-o, gcn, gcn-gru and mlp.
 
     As in the released code, EvolveGCN has a GRU in both variants, and RReLU follows every layer of
     every model: a ReLU of a small EvolveGCN can die, and with it all that comes before. Build one
     yourself for anything else.
     """
-    dims = (problem.width, *(hidden,) * layers)
+    dims = (width, *(hidden,) * layers)
     each: dict[str, Any] = {"activation": nn.RReLU, "activate_last": True}
     makers: dict[str, Callable[[], nn.Module]] = {
         "evolvegcn-h": lambda: EvolveGCN(dims, "h", "gru", **each),
@@ -344,7 +347,7 @@ def train(
 
     >>> from pantarhei.data.simulate.graphs import drift
     >>> problem = Problem.of(drift(steps=12, nodes=40), "node", window=2, train=0.5, validation=0.2)
-    >>> trained = train(problem, build("gcn", problem, 8), epochs=2, quiet=True)
+    >>> trained = train(problem, build("gcn", problem.width, 8), epochs=2, quiet=True)
     >>> sorted(evaluate(trained.forecaster, problem, problem.split.test))
     ['balanced_accuracy', 'f1_class_0', 'f1_class_1', 'micro_f1']
     """
@@ -493,17 +496,15 @@ def evaluate_rule(
 
 
 def majority(problem: Problem, steps: Sequence[int]) -> dict[str, float]:
-    """Return the measures of the class that is most frequent in training, for edges and nodes."""
-    common = int(_frequencies(problem).argmax())
-    labels = torch.cat([problem.target(t).labels for t in problem.told(steps)])
-    return classification(labels, torch.full_like(labels, common), problem.classes)
+    """Return the measures of naming one class, the most frequent in training, for all.
 
-
-def _frequencies(problem: Problem) -> Tensor:
-    """Return how often each class occurs in the training steps."""
-    steps = problem.told(range(problem.split.train.stop))
-    labels = torch.cat([problem.target(t).labels for t in steps])
-    return torch.bincount(labels, minlength=problem.classes)
+    A problem without a training part has the most frequent of the steps that are judged.
+    """
+    judged = torch.cat([problem.target(t).labels for t in problem.told(steps)])
+    known = problem.told(range(problem.split.train.stop))
+    labels = torch.cat([problem.target(t).labels for t in known]) if known else judged
+    common = int(torch.bincount(labels).argmax())
+    return classification(judged, torch.full_like(judged, common), problem.classes)
 
 
 def _class_weights(problem: Problem, given: Sequence[float] | None) -> list[float]:

@@ -1,0 +1,1 @@
+"""The command lines of the forecasters; each module holds one typer application, `app`."""
