@@ -6,6 +6,7 @@ come with installed packages and are always there.
 """
 
 from pantarhei.data._sets import (
+    Events,
     Images,
     Labelled,
     Location,
@@ -15,4 +16,4 @@ from pantarhei.data._sets import (
     names,
 )
 
-__all__ = ["Images", "Labelled", "Location", "cache", "load", "located", "names"]
+__all__ = ["Events", "Images", "Labelled", "Location", "cache", "load", "located", "names"]

@@ -86,6 +86,15 @@ def idx(path: Path, shape: tuple[int | None, ...]) -> Array:
         return np.frombuffer(content, np.uint8, offset=start).reshape(found).copy()
 
 
+def text(path: Path) -> str:
+    """Read a text file, or a gzipped one by its ``.gz``."""
+    with guarded(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        content = stream.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
+        return content.decode("utf-8-sig")
+
+
 def cifar_binary(path: Path) -> dict[str, NDArray[np.generic]]:
     """Read CIFAR-10's binary archive: records of a label and three 32 x 32 colour planes."""
     size = 10_000 * 3073

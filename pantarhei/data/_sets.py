@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pantarhei.data import _read
+from pantarhei.data.events import Events, read_events
 from pantarhei.errors import RequestError, nearest
 
 
@@ -61,7 +62,7 @@ class Location:
     found: bool
 
 
-Dataset = Labelled | Images
+Dataset = Labelled | Images | Events
 LabelledName = Literal["digits", "mnist", "fashion_mnist", "cifar10"]
 ImagesName = Literal[
     "photographs",
@@ -74,6 +75,8 @@ ImagesName = Literal[
     "set5",
     "set14",
 ]
+
+EventsName = Literal["bitcoin_otc", "bitcoin_alpha", "uci_messages"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,10 @@ def load(
 def load(
     name: ImagesName, path: str | os.PathLike[str] | None = None, *, download: bool = True
 ) -> Images: ...
+@overload
+def load(
+    name: EventsName, path: str | os.PathLike[str] | None = None, *, download: bool = True
+) -> Events: ...
 def load(
     name: str, path: str | os.PathLike[str] | None = None, *, download: bool = True
 ) -> Dataset:
@@ -340,6 +347,20 @@ def _zipped(source: str, lossless: bool, name: str, paths: tuple[Path, ...]) -> 
     return Images(name, source, tuple(found), tuple(images), (lossless,) * len(images))
 
 
+def _ratings(columns: Mapping[str, int], name: str, paths: tuple[Path, ...]) -> Events:
+    """Read who rated whom, -10 to 10; the label tells whether the rating is positive."""
+    found = read_events(paths[0], **columns)
+    with _read.guarded(paths[0]):
+        if found.weight is None or found.weight[0] != np.rint(found.weight[0]):
+            raise ValueError("no column of ratings")
+        label = (found.weight > 0).astype(np.int64)
+    return replace(found, label=label, classes=("distrust", "trust"), name=name)
+
+
+def _messages(name: str, paths: tuple[Path, ...]) -> Events:
+    return replace(read_events(paths[0], source=0, target=1, time=2), name=name)
+
+
 def _sklearn_digits(name: str) -> Labelled:
     """Read the 8 x 8 digits; the last 360 of the set's own order are for testing."""
     from sklearn.datasets import load_digits
@@ -472,6 +493,32 @@ _SETS: dict[str, _Set] = {
         ),
     ),
 }
+# SNAP's own files have no header and another order of columns than the copies that have one.
+_SNAP = {"source": 0, "target": 1, "weight": 2, "time": 3}
+for _name, _file, _content in (
+    ("bitcoin_otc", "bitcoinotc", "35,592 ratings, who trusts whom on Bitcoin OTC"),
+    ("bitcoin_alpha", "bitcoinalpha", "24,186 ratings, who trusts whom on Bitcoin Alpha"),
+):
+    _SETS[_name] = _Set(
+        _content,
+        "dynamic_graphs",
+        tuple(
+            _Copy((file,), partial(_ratings, _SNAP))
+            for file in (
+                f"{_name}.csv.gz",
+                f"soc-sign-{_file}.csv.gz",
+                f"soc-sign-{_file}.csv",
+            )
+        ),
+    )
+_SETS["uci_messages"] = _Set(
+    "59,835 messages between 1,899 students",
+    "dynamic_graphs",
+    tuple(
+        _Copy((file,), _messages)
+        for file in ("collegemsg.txt.gz", "CollegeMsg.txt.gz", "CollegeMsg.txt")
+    ),
+)
 for _name, _content in (
     ("classic5", "5 grey test images"),
     ("live1", "29 colour test images"),

@@ -1,1 +1,1 @@
-"""Commands of the systems wing; each module is one."""
+"""The systems wing's commands for people who do not write code; each module is one."""
