@@ -93,6 +93,13 @@ class Ensemble(nn.Module):
         outputs = [self.member(j)(*inputs) for j in range(self.members)]
         return tree_map(lambda *held: torch.stack(held), *outputs)
 
+    def each(self, inputs: Tensor) -> Any:
+        """Run every member on inputs of its own, (M, B, ...)."""
+        if self.together:
+            return call_members(self.stacked, self._tensors(), inputs, in_dims=(0,))
+        outputs = [self.member(j)(own) for j, own in enumerate(inputs)]
+        return tree_map(lambda *held: torch.stack(held), *outputs)
+
     def member(self, j: int) -> nn.Module:
         """Return a copy of a member, as a module of its own."""
         own: dict[int, Tensor] = {id(b): b[j].clone() for b in self.stacked.buffers()}

@@ -32,14 +32,17 @@ class Prior:
         first: float = 3.0**0.5,
         hidden: float = 1.3,
         last: float = 1.0,
-        noise: float = 0.1,
+        noise: float = 0.5,
+        noise_level: float = 1.0,
     ) -> Prior:
         r"""Return the prior that keeps signals of order one: sd = gain / sqrt(inputs of a unit).
 
         ``first``, ``hidden`` and ``last`` are the gains of the first weight, of those between and
         of the last one (the fact sheet of arXiv 2107.06396, after the authors' public code: g = 3
         in the first layer, 1.26 to 1.4, 0.7 to 1.26); ``noise`` is that of the layer of a
-        :class:`GaussianHead` that gives the log variance. Biases have the sd of their layer.
+        :class:`GaussianHead` that gives the log variance, and ``noise_level`` the sd of its bias:
+        a narrow one would hold the noise at the variance of the targets. Other biases have the sd
+        of their layer.
         Parameters of layers without a weight matrix (norms) keep their value as mean, sd 0.1.
 
         >>> prior = Prior.fan_in(nn.Sequential(nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 1)))
@@ -68,6 +71,8 @@ class Prior:
                     continue
                 inputs = (p if p.dim() > 1 else weights[0])[0].numel() if weights else 0
                 sd[prefix + own] = gain / math.sqrt(inputs) if inputs else 0.1
+                if id(module) in spread and p.dim() == 1:
+                    sd[prefix + own] = noise_level
                 if not inputs:
                     mean[prefix + own] = float(p.detach().mean())
         return cls(sd, mean)

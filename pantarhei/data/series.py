@@ -120,8 +120,14 @@ class Recording:
 class Feature(Protocol):
     """What turns samples into the columns of a frame.
 
-    ``group`` names the sensor for ablations; a call returns (frames, columns).
+    ``group`` names what it belongs to for ablations: its channel, or the ``sensor`` given. ``lags``
+    is how many of the last frames a forecaster sees (None: the whole window). A call returns
+    (frames, columns).
     """
+
+    @property
+    def lags(self) -> int | None:
+        """How many of the last frames a forecaster sees."""
 
     @property
     def group(self) -> str:
@@ -141,11 +147,13 @@ class Last:
 
     channel: str
     hold: float = math.inf
+    lags: int | None = None
+    sensor: str = ""
 
     @property
     def group(self) -> str:
         """The sensor."""
-        return self.channel
+        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -172,11 +180,13 @@ class Mean:
     """The mean of a frame's samples, NaN where it has none."""
 
     channel: str
+    lags: int | None = None
+    sensor: str = ""
 
     @property
     def group(self) -> str:
         """The sensor."""
-        return self.channel
+        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,11 +212,13 @@ class Amplitude:
     log: bool = True
     band: tuple[float, float] | None = None
     floor: float = 1e-2
+    lags: int | None = None
+    sensor: str = ""
 
     @property
     def group(self) -> str:
         """The sensor."""
-        return self.channel
+        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -237,7 +249,7 @@ class Spectrum:
 
     Periodogram with a Hann window, normalised so that a sine of amplitude a has the power
     :math:`a^2/2` in all of its lines together; ``floor``, an amplitude, is the sensor's resolution.
-    NaN until there is a whole window.
+    NaN until there is a whole window. It looks back itself, so one frame of it is seen.
     """
 
     channel: str
@@ -246,11 +258,13 @@ class Spectrum:
     width: float = 13.0
     window: float = 0.3
     floor: float = 1e-2
+    lags: int | None = 1
+    sensor: str = ""
 
     @property
     def group(self) -> str:
         """The sensor."""
-        return self.channel
+        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -302,11 +316,13 @@ class Product:
 
     channel: str
     other: str
+    lags: int | None = None
+    sensor: str = ""
 
     @property
     def group(self) -> str:
-        """The second sensor: without it there is no product."""
-        return self.other
+        """Both sensors: neither has it alone."""
+        return self.sensor or f"{self.channel} x {self.other}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -370,6 +386,12 @@ class Layout:
                 found.setdefault(feature.group, []).append(column)
                 column += 1
         return {group: tuple(columns) for group, columns in found.items()}
+
+    def seen(self, history: int) -> NDArray[np.bool_]:
+        """Tell which of the last ``history`` frames is seen of each input column, (history, F)."""
+        lags = [f.lags or history for f in self.inputs for _ in f.names]
+        back = np.arange(history)[::-1, None]
+        return back < np.array(lags, int)
 
     def names(self, part: str = "inputs") -> tuple[str, ...]:
         """Return the columns' names of ``inputs``, ``controls`` or ``targets``."""
@@ -497,6 +519,15 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.run)
+
+    @property
+    def present(self) -> Tensor:
+        """The targets at the end of the windows' past, (N, G): what persistence forecasts."""
+        found = torch.empty(len(self), self.frames[0].targets.shape[1])
+        for number, frames in enumerate(self.frames):
+            own = self.run == number
+            found[own] = torch.from_numpy(frames.targets[self.origin[own].numpy()])
+        return found
 
     @property
     def times(self) -> Tensor:

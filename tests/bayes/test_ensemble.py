@@ -54,6 +54,10 @@ def test_members_together_equal_members_one_by_one(anchored, optimizer):
     assert torch.allclose(w, w_alone, atol=2e-5)
     assert torch.allclose(told.means, told_alone.means, atol=1e-4)
     assert (w[0] - w[1]).abs().max() > 0.1  # they are different networks
+    own = torch.stack([X + j for j in range(4)])
+    for each in (ensemble, Ensemble([ensemble.member(j) for j in range(4)])):
+        one = each.each(own).mean[2]
+        assert torch.allclose(one, ensemble.member(2)(X + 2).mean, atol=1e-5)
 
 
 def test_a_network_that_cannot_be_stacked_trains_one_by_one_and_says_so():

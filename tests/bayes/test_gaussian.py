@@ -49,10 +49,11 @@ def test_the_prior_knows_every_parameter():
         nn.Linear(12, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 4), GaussianHead(4, 2)
     )
     net[3].bias.requires_grad_(False)
-    prior = Prior.fan_in(net, first=2.0, hidden=1.0, last=0.5, noise=0.1)
+    prior = Prior.fan_in(net, first=2.0, hidden=1.0, last=0.5, noise=0.1, noise_level=2.0)
     assert prior.sd["0.weight"] == prior.sd["0.bias"] == pytest.approx(2 / math.sqrt(12))
     assert prior.sd["3.weight"] == 0.25 and "3.bias" not in prior.sd
     assert prior.sd["4.mean.weight"] == 0.25 and prior.sd["4.log_variance.weight"] == 0.05
+    assert prior.sd["4.log_variance.bias"] == 2.0
     assert prior.sd["1.weight"] == 0.1 and prior.mean == {"1.weight": 1.0, "1.bias": 0.0}
     one, two = prior.draw(net, 2, seed=1)
     drawn = torch.stack([m[1].weight for m in prior.draw(net, 200)])

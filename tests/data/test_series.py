@@ -60,7 +60,13 @@ def test_features_are_sums_over_the_samples_of_a_frame():
     frames = LAYOUT.frames(run)
     assert LAYOUT.names()[:2] == ("log amplitude of fast", "log power of fast at 162.5 Hz")
     columns = LAYOUT.groups
-    assert columns == {"fast": (0, 1, 2, 3, 4, 5, 6), "light": (7,), "slow": (8,), "odd": (9,)}
+    assert Mean("slow", sensor="mine").group == "mine"
+    assert columns == {
+        "fast": (0, 1, 2, 3, 4, 5, 6),
+        "fast x light": (7,),
+        "slow": (8,),
+        "odd": (9,),
+    }
     assert np.isnan(frames.inputs[0, [1, 9]]).all()  # nothing to look back on yet
     for k in (12, 17, 30):
         end = 0.1 * (k + 1)

@@ -109,7 +109,8 @@ def mode(
                 add(x, u, x)
             kept[place] = x
             place += 1
-    return np.ascontiguousarray(kept.T) / np.float32(unit)
+    kept /= np.float32(unit)
+    return np.ascontiguousarray(kept.T)
 
 
 def combustor(

@@ -1,0 +1,1 @@
+"""Methods that forecast changing things: sensors, fields, graphs."""
