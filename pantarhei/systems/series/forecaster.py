@@ -187,8 +187,8 @@ def train_forecaster(
         checkpoint: Folder from which a killed training continues.
         device, seed, quiet, label: As for ``fit``.
 
-    Windows overlap and are far from independent: the anchors, which count them as if they were,
-    hold less than they would for so few runs, and the epistemic part is small inside the data.
+    Windows overlap, and are not so many observations: N of the anchors' strength counts those that
+    do not, so that the prior speaks as loud as the data are few.
     """
     leads = (1,) if mode == "autoregressive" else tuple(leads or range(1, windows.horizon + 1))
     if not leads or sorted(set(leads)) != list(leads) or not 1 <= leads[0] <= leads[-1]:
@@ -203,7 +203,7 @@ def train_forecaster(
     outputs = len(leads) * len(targets.mean)
     make = network or functools.partial(perceptron, hidden=hidden)
     factory = functools.partial(make, len(encoder), outputs)
-    torch.manual_seed(seed)
+    overlap = max(1, (windows.history + leads[-1]) // windows.stride)
     prior = Prior.fan_in(factory()) if anchored else None
     ensemble = Ensemble.of(factory, members, seed=mix(seed, "members"), prior=prior)
     batch_size = min(batch_size, max(1, len(windows) // 8))
@@ -217,7 +217,7 @@ def train_forecaster(
         gaussian_loss(beta),
         steps=epochs * (len(windows) // batch_size),
         prior=prior,
-        examples=len(windows) * outputs,  # the loss is a mean over both
+        examples=max(1, len(windows) * outputs // overlap),  # the loss is a mean over both
         by_member=(1,) if perturb else (),
         together=together,
         checkpoint=checkpoint,
