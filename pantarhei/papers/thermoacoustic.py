@@ -106,6 +106,8 @@ CLAIMS = (
     ),
 )
 
+# Rates, batches and priors were chosen on simulated runs of seed 777, which no run here tests on.
+# The scales cpu and gpu have not been run yet.
 SETTINGS: dict[str, dict[str, Any]] = {
     "quick": {
         "train_runs": 6,
@@ -117,14 +119,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hidden": (32, 32),
         "epochs": 40,
         "batch_size": 256,
-        "lr": 3e-3,
+        "lr": 2e-2,
         "seeds": 1,
         "leads": (1, 2, 4, 6, 8, 10, 14, 20),
         "paths": 16,
         "sizes": (2, 4),
         "limit": 5.0,
         "gradient_windows": 100,
-        "raw_samples": 0,
     },
     "cpu": {
         "train_runs": 40,
@@ -136,14 +137,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hidden": (32, 32),
         "epochs": 40,
         "batch_size": 512,
-        "lr": 3e-3,
+        "lr": 1e-2,
         "seeds": 3,
         "leads": (1, 2, 4, 6, 8, 10, 14, 20),
         "paths": 32,
         "sizes": (4, 8, 24),
         "limit": 5.0,
         "gradient_windows": 400,
-        "raw_samples": 0,
     },
     "gpu": {
         "train_runs": 150,
@@ -155,14 +155,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hidden": (64, 64),
         "epochs": 40,
         "batch_size": 1024,
-        "lr": 3e-3,
+        "lr": 1e-2,
         "seeds": 3,
         "leads": (1, 2, 4, 6, 8, 10, 14, 20),
         "paths": 32,
         "sizes": (4, 8, 24, 100),
         "limit": 5.0,
         "gradient_windows": 1000,
-        "raw_samples": 1024,
     },
 }
 
@@ -215,7 +214,7 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return sum(float(row[key]) for row in rows) / len(rows)
 
 
-def layout_of(f0: float, raw_samples: int = 0) -> Layout:
+def layout_of(f0: float) -> Layout:
     """Return what is seen of the combustor: frames of 50 ms, spectra of the last 300 ms."""
     from pantarhei.data.series import Amplitude, Last, Layout, Mean, Product, Spectrum
 
@@ -533,7 +532,7 @@ class Study:
                     index,
                     lead=lead,
                     of=of,
-                    start=start,  # type: ignore[arg-type]
+                    start=start,
                 )
                 total = sum(row["magnitude"] for row in shares)
                 for group in SETS["all"]:
