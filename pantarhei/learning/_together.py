@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pantarhei._fit_loss import scalar
 from pantarhei._fit_random import mix, own_randomness, seed_all
+from pantarhei._stacked import WithLoss, call_members
 from pantarhei.errors import RequestError
 from pantarhei.fit import Loss, Step, fit
 from pantarhei.learning.parametrization import ADAM_EPS, Parametrized
@@ -151,7 +150,7 @@ class _Stack:
     def __init__(self, pairs: Sequence[tuple[Parametrized, float]], plan: Plan):
         first = pairs[0][0]
         self.plan, self.optimizer = plan, first.optimizer_name
-        self.module = _WithLoss(first.model.to(plan.device), plan.loss)
+        self.module = WithLoss(first.model.to(plan.device), plan.loss)
         self.weights: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         tensors = [
@@ -193,13 +192,9 @@ class _Stack:
         return self.outcomes
 
     def _losses(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
-        def one(weights: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
-            named = {f"model.{name}": t for name, t in {**constants, **weights}.items()}
-            return functional_call(self.module, named, (batch,))
-
-        # the fused attention kernels have no batching rule
-        with self.plan.autocast(), sdpa_kernel(SDPBackend.MATH):
-            return vmap(one, randomness="different")(dict(weights), self.constants)
+        named = {f"model.{name}": t for name, t in {**self.constants, **weights}.items()}
+        with self.plan.autocast():
+            return call_members(self.module, named, batch)
 
     @torch.no_grad()
     def _update(self, step: int, gradients: Mapping[str, Tensor]) -> None:
@@ -260,14 +255,3 @@ class _Stack:
             final = total.mean(0).tolist()
         for member, loss in zip(self.members, final, strict=True):
             self.outcomes[member] = self.plan.outcome(self.losses[member], loss)
-
-
-class _WithLoss(nn.Module):
-    """``loss(model, batch)`` as a module, so that a functional call replaces the weights in it."""
-
-    def __init__(self, model: nn.Module, loss: Loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return scalar(self.loss(self.model, batch))

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from pantarhei._stacked import UNSTACKABLE
 from pantarhei.errors import RequestError
 from pantarhei.files import read_json, write_json
 from pantarhei.fit import Loss
@@ -461,7 +462,7 @@ def _train(
             return train_together(starts, grid, plan)
         except RequestError:
             raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        except UNSTACKABLE as error:
             if together:
                 raise RequestError(
                     f"the model cannot train under torch.func.vmap ({error}): leave together out."

@@ -1,1 +1,1 @@
-"""What will this changing thing do next? Learned models of fields, graphs, series and bodies."""
+"""Networks that learn what changes: fields on grids, series of sensors, graphs."""

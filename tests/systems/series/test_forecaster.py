@@ -1,0 +1,250 @@
+"""The forecaster: what enters it, closed forms of its paths, baselines, and a user's own series."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pantarhei.bayes import Ensemble
+from pantarhei.bayes.gaussian import Gaussian
+from pantarhei.data.series import Frames, Last, Layout, Recording, Scaler, Signal, Windows
+from pantarhei.errors import RequestError
+from pantarhei.systems.series import (
+    Encoder,
+    Forecaster,
+    Stream,
+    lead_curve,
+    linear,
+    persistence,
+    recurrent,
+    score,
+    train_forecaster,
+)
+
+LAYOUT = Layout(
+    1.0,
+    inputs=(Last("y"), Last("z"), Last("w", lags=1)),
+    controls=(Last("u"),),
+    targets=(Last("y"),),
+)
+FAST = {
+    "epochs": 25, "batch_size": 32, "members": 3, "hidden": (8,), "lr": 0.02, "quiet": True,
+    "device": "cpu",
+}  # fmt: skip
+
+
+def runs(count=6, length=240, seed=0):
+    """y' = .8 y + .5 u + noise, whose noise grows with z; w says nothing."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for r in range(count):
+        u = np.repeat(rng.normal(size=length // 6 + 1), 6)[:length]
+        z, w = rng.uniform(0, 1, (2, length))
+        y = np.zeros(length)
+        for t in range(1, length):
+            noise = (0.05 + 0.3 * (z[t - 1] > 0.5)) * rng.normal()
+            y[t] = 0.8 * y[t - 1] + 0.5 * u[t] + noise
+        signals = {"y": y, "z": z, "w": w, "u": u}
+        found.append(Recording(f"r{r}", {k: Signal(v, rate=1.0) for k, v in signals.items()}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def data():
+    frames = LAYOUT.all_frames(runs())
+    return Windows(frames[:4], 3, 4), Windows(frames[4:], 3, 4)
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    return train_forecaster(LAYOUT, data[0], seed=1, **FAST)
+
+
+def test_inputs_are_the_chosen_cells_standardised_and_gaps_are_marked(data):
+    encoder = Encoder.of(LAYOUT, data[0])
+    past, future, _ = data[0].batch(torch.tensor([5, 9]))
+    x = encoder(past, future)
+    expected = [(n, lag) for lag in (-2, -1) for n in ("y", "z")]
+    expected += [("y", 0), ("z", 0), ("w", 0)] + [("u", i) for i in (1, 2, 3, 4)]
+    assert encoder.owners == (*expected, *((n, None) for n in ("y", "z", "w", "u")))
+    scale = Scaler.of([f.inputs for f in data[0].frames])
+    assert torch.allclose(x[:, 0], (past[:, 0, 0] - scale.mean[0]) / scale.sd[0])
+    assert torch.allclose(x[:, 6], (past[:, 2, 2] - scale.mean[2]) / scale.sd[2])
+    control = Scaler.of([f.controls for f in data[0].frames])
+    assert torch.allclose(x[:, 8], (future[:, 1, 0] - control.mean[0]) / control.sd[0])
+    assert (x[:, -4:] == 0).all()
+    past[0, 1, 1] = torch.nan
+    gap = encoder(past, future)
+    assert gap[0, 3] == 0 and gap[0, 12] == pytest.approx(1 / 3) and (gap[1] == x[1]).all()
+    some = Encoder.of(LAYOUT, data[0], ["u", "w"])
+    assert some.owners[:2] == (("w", 0), ("u", 1)) and len(some) == 7
+    assert len(Encoder.of(LAYOUT, data[0], ["w"], all_lags=True)) == 4
+    with pytest.raises(RequestError, match="no sensor 'x'"):
+        Encoder.of(LAYOUT, data[0], ["x"])
+    with pytest.raises(RequestError, match="one sensor or more"):
+        Encoder.of(LAYOUT, data[0], [])
+
+
+def test_scales_do_not_know_the_test_runs(data):
+    more = Windows([*data[0].frames, *data[1].frames], 3, 4)
+    assert not torch.equal(Encoder.of(LAYOUT, data[0]).mean, Encoder.of(LAYOUT, more).mean)
+
+
+def test_the_network_beats_persistence_and_knows_where_it_is_noisy(data, trained):
+    train, test = data
+    told, (_, _, y) = trained.forecast(test), test.tensors()
+    assert told.means.shape == (3, len(test), 4, 1)
+    first = score(told[:, 0], y[:, 0])
+    still = score(persistence(train, test, range(1, 5))[:, 0], y[:, 0])
+    assert first["rmse"] < 0.7 * still["rmse"] and first["nll"] < still["nll"] - 0.2
+    loud = test.batch(torch.arange(len(test)))[0][:, -1, 1] > 0.5
+    sd = told.aleatoric[:, 0, 0].sqrt()
+    assert sd[loud].median() > 1.3 * sd[~loud].median()
+    rows = lead_curve(told, y, trained.leads, 1.0)
+    assert [row["seconds"] for row in rows] == [1.0, 2.0, 3.0, 4.0]
+    assert rows[0]["rmse"] < rows[3]["rmse"]
+
+
+def test_the_same_seed_is_the_same_forecast_and_lazy_windows_are_too(data, monkeypatch):
+    def train():
+        found = train_forecaster(LAYOUT, data[0], seed=1, **{**FAST, "epochs": 3})
+        return found.forecast(data[1]).means
+
+    told, again = train(), train()
+    monkeypatch.setattr("pantarhei.systems.series.forecaster._IN_MEMORY", 0)
+    assert torch.equal(told, again) and torch.allclose(told, train(), atol=1e-4)
+
+
+def test_the_future_enters_only_through_the_planned_controls(data, trained):
+    """Whatever a run does after t, the forecast at t stays; other plans change it."""
+    run = runs(1, seed=9)[0]
+    cut = 60.0
+    late = {n: s.time_of(np.arange(len(s.values))) > cut for n, s in run.signals.items()}
+
+    def forecast(*names):
+        signals = dict(run.signals)
+        for name in names:
+            signals[name] = Signal(np.where(late[name], 50.0, signals[name].values), rate=1.0)
+        windows = Windows([LAYOUT.frames(Recording("x", signals))], 3, 4)
+        k = int(torch.nonzero(windows.times == cut)[0, 0])
+        return trained.forecast(windows)[k]
+
+    told, same, other = forecast(), forecast("y", "z", "w"), forecast("u")
+    assert torch.equal(told.means, same.means) and torch.equal(told.variances, same.variances)
+    assert (told.mean - other.mean).abs().max() > 0.1
+
+
+class Order1(nn.Module):
+    """mean = phi x_last, variance s^2, of inputs whose last lag of y is column 0."""
+
+    def __init__(self, phi, sd):
+        super().__init__()
+        self.phi, self.log = nn.Parameter(torch.tensor(phi)), nn.Parameter(torch.tensor(sd).log())
+
+    def forward(self, x):
+        mean = self.phi * x[:, :1]
+        return Gaussian(mean, torch.exp(2 * self.log).expand_as(mean))
+
+
+def test_paths_of_linear_autoregressions_have_the_closed_form_mean_and_variance():
+    layout = Layout(1.0, inputs=(Last("y", lags=1),), targets=(Last("y", lags=1),))
+    y = np.linspace(-2, 2, 8, dtype=np.float32)[:, None]
+    windows = Windows([Frames("a", y[:, 0].astype(float), y, y[:, :0], y)], 2, 5)
+    encoder = Encoder.of(layout, Windows(windows.frames, 2, 1))
+    target = Scaler.of([y])
+    phis, sds = (0.9, -0.5), (0.3, 0.1)
+    ensemble = Ensemble([Order1(p, s) for p, s in zip(phis, sds, strict=True)])
+    forecaster = Forecaster(encoder, target, ensemble, (1,), "autoregressive", (0,))
+    told = forecaster.forecast(windows, paths=20_000, seed=3)
+    now = (windows.present[:, 0] - target.mean[0]) / target.sd[0]
+    for j, (phi, sd) in enumerate(zip(phis, sds, strict=True)):
+        for k in range(1, 6):
+            mean = target.mean[0] + target.sd[0] * phi**k * now
+            variance = (target.sd[0] * sd) ** 2 * (1 - phi ** (2 * k)) / (1 - phi**2)
+            assert torch.allclose(told.means[j, :, k - 1, 0], mean, atol=0.02)
+            assert told.variances[j, :, k - 1, 0].mean().item() == pytest.approx(variance, rel=0.03)
+    some = forecaster.forecast(windows, leads=(2, 5), paths=20_000, seed=3)
+    assert torch.allclose(some.means, told.means[:, :, [1, 4]], atol=1e-5)
+    with pytest.raises(RequestError, match="two paths"):
+        forecaster.forecast(windows, paths=1)
+
+
+def test_an_autoregressive_forecaster_learns_the_process_and_uses_later_controls(data):
+    train, test = data
+    found = train_forecaster(LAYOUT, train, mode="autoregressive", seed=2, **FAST)
+    told, (_, _, y) = found.forecast(test, paths=40), test.tensors()
+    rows = lead_curve(told, y, range(1, 5))
+    still = persistence(train, test, range(1, 5))
+    for k, row in enumerate(rows):
+        assert row["rmse"] < 0.8 * score(still[:, k], y[:, k])["rmse"]
+        assert 0.75 < row["coverage"] < 1.0
+    blind = Layout(1.0, LAYOUT.inputs[1:], LAYOUT.controls, LAYOUT.targets)
+    frames = blind.all_frames(runs(2))
+    with pytest.raises(RequestError, match="not among the inputs"):
+        train_forecaster(blind, Windows(frames, 3, 4), mode="autoregressive", **FAST)
+    with pytest.raises(RequestError, match="autoregressive forecaster, not a direct"):
+        next(train_forecaster(LAYOUT, train, **{**FAST, "epochs": 1}).draw(test))
+
+
+def test_the_linear_baseline_is_the_best_linear_model_and_persistence_the_present(data):
+    train, test = data
+    told, (_, _, y) = linear(LAYOUT, train, test, (1, 2)), test.tensors()
+    rows = score(told[:, 0], y[:, 0])
+    assert rows["rmse"] == pytest.approx(np.sqrt((0.05**2 + 0.35**2) / 2), rel=0.15)
+    assert 0.9 < rows["z_sd"] < 1.1
+    still = persistence(train, test, (3,))
+    assert torch.equal(still.mean[:, 0, 0], test.present[:, 0])
+    (_, _, before) = train.tensors()
+    missed = ((before[:, 2, 0] - train.present[:, 0]) ** 2).mean()
+    assert still.variance[0, 0, 0].item() == pytest.approx(missed.item())
+
+
+@pytest.mark.filterwarnings("ignore:members train one by one")
+def test_a_recurrent_network_and_a_users_own(data):
+    train, test = data
+    (_, _, y) = test.tensors()
+    gru = train_forecaster(
+        LAYOUT, train, network=recurrent(LAYOUT, 3, hidden=8), all_lags=True, seed=0,
+        **{**FAST, "members": 1, "anchored": False},
+    )  # fmt: skip
+    still = score(persistence(train, test, (1,))[:, 0], y[:, 0])
+    assert score(gru.forecast(test)[:, 0], y[:, 0])["rmse"] < 0.8 * still["rmse"]
+
+    class Mine(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.layer = nn.Linear(inputs, 2 * outputs)
+
+        def forward(self, x):
+            mean, log = self.layer(x).chunk(2, 1)
+            return mean, log.exp()
+
+    mine = train_forecaster(LAYOUT, train, network=Mine, leads=(1, 4), perturb=0.3, **FAST)
+    told = mine.forecast(test)
+    assert told.means.shape[2] == 2 and score(told[:, 0], y[:, 0])["rmse"] < still["rmse"]
+    with pytest.raises(RequestError, match="whose past it reads"):
+        recurrent(LAYOUT, 3, ["u"])
+
+
+def test_a_stream_says_what_the_windows_say(data, trained):
+    frames = data[1].frames[0]
+    stream, told = Stream(trained), trained.forecast(data[1])
+    for k in range(6):
+        planned = frames.controls[k + 1 : k + 5]
+        found = stream.update(frames.inputs[k], planned)
+        if k < 2:
+            assert found is None
+        else:
+            assert torch.allclose(found.means, told.means[:, k - 2], atol=1e-5)
+    with pytest.raises(RequestError, match=r"give \(4, 1\)"):
+        stream.update(frames.inputs[0], planned[:2])
+
+
+def test_leads_and_windows_that_do_not_fit_are_refused(data, trained):
+    for leads, reason in (((0, 1), "ascending"), ((2, 1), "ascending"), ((9,), "beyond")):
+        with pytest.raises(RequestError, match=reason):
+            train_forecaster(LAYOUT, data[0], leads=leads, **FAST)
+    with pytest.raises(RequestError, match="looks 3 frames back"):
+        trained.forecast(Windows(data[1].frames, 5, 4))
