@@ -1,0 +1,1 @@
+"""Learned dynamics that run forward: fields, graphs, series."""
