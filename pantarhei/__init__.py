@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pantarhei.elastic.frontier import frontier as frontier
     from pantarhei.errors import RequestError as RequestError
     from pantarhei.fit import fit as fit
+    from pantarhei.rollout import rollout as rollout
 
 _MODULES = (
     "claims",
@@ -47,6 +48,7 @@ _MODULES = (
     "learning",
     "papers",
     "probes",
+    "rollout",
     "runs",
 )
 _NAMES = {
@@ -60,7 +62,7 @@ _NAMES = {
     "RequestError": "errors",
 }
 # These packages are named after their one main function: calling the package calls it.
-_CALLABLE = ("elastic", "fit")
+_CALLABLE = ("elastic", "fit", "rollout")
 
 
 class _CallableModule(ModuleType):
