@@ -47,13 +47,13 @@ class State:
     before: tuple[Tensor, Tensor, Tensor] | None = None  # rates of u and v, and their dt
 
 
-class Neumann:
-    """Inverse of the five-point Laplacian on cells, by its eigenvectors along each axis.
+class Laplacian:
+    """The five-point Laplacian on cells and its inverse, by its eigenvectors along each axis.
 
     The normal derivative is zero at every side but those named in ``dirichlet``, where the value is
     zero on the face. Without any of these the mean of the solution is zero.
 
-    >>> laplace = Neumann((3, 4), torch.tensor([0.5]), torch.tensor([0.25]), dtype=torch.float64)
+    >>> laplace = Laplacian((3, 4), torch.tensor([0.5]), torch.tensor([0.25]), dtype=torch.float64)
     >>> f = torch.randn(1, 3, 4, dtype=torch.float64); f -= f.mean()
     >>> x = laplace.solve(f)
     >>> torch.allclose(laplace.apply(x), f)
@@ -75,13 +75,11 @@ class Neumann:
         self._along_x = _second_difference(shape[1], "left" in dirichlet, "right" in dirichlet)
         (ly, qy), (lx, qx) = (torch.linalg.eigh(a) for a in (self._along_y, self._along_x))
         self._qy, self._qx = (q.to(device, dtype) for q in (qy, qx))
-        self._along_y, self._along_x = (
-            a.to(device, dtype) for a in (self._along_y, self._along_x)
-        )
+        self._along_y, self._along_x = (a.to(device, dtype) for a in (self._along_y, self._along_x))
         ly, lx = ly.to(device, dtype), lx.to(device, dtype)
         values = ly[:, None] / self.dy**2 + lx / self.dx**2
         scale = values.abs().amax((1, 2), keepdim=True)
-        flat = values.abs() < 1e-12 * scale if dtype == torch.float64 else values.abs() < 1e-6 * scale
+        flat = values.abs() < 10 * torch.finfo(dtype).eps * scale
         self._inverse = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, values))
 
     def solve(self, f: Tensor) -> Tensor:
@@ -152,12 +150,13 @@ class Flow:
         self.dx, self.dy, self.nu = (a.to(dtype)[:, None, None] for a in (dx, dy, nu))
         self.sides = {"left": left, "right": right, "bottom": bottom, "top": top}
         self._velocity = {name: self._each(side.velocity) for name, side in self.sides.items()}
-        self._laplace = Neumann(shape, dx, dy, dtype=dtype)
+        self._laplace = Laplacian(shape, dx, dy, dtype=dtype)
         self.force = force
         self._drag: tuple[Tensor, Tensor] | None = None
         if obstacle is not None:
-            self._drag = self._penalty(obstacle, *self.faces_u()), self._penalty(
-                obstacle, *self.faces_v()
+            self._drag = (
+                self._penalty(obstacle, *self.faces_u()),
+                self._penalty(obstacle, *self.faces_v()),
             )
 
     def faces_u(self) -> tuple[Tensor, Tensor]:
@@ -176,11 +175,11 @@ class Flow:
         zeros = torch.zeros(batch, dtype=self.dtype, device=self.device)
         u = zeros.new_zeros(batch, ny, nx + 1) if u is None else u.to(self.dtype).clone()
         v = zeros.new_zeros(batch, ny + 1, nx) if v is None else v.to(self.dtype).clone()
-        u, v = self._project(*self._bounded(u, v, self._initial_outflow(u), None))
+        u, v = self._project(*self._bounded(u, v, u, None))
         return State(u, v, zeros)
 
     def step(self, state: State, dt: Tensor) -> State:
-        """Return the state dt (B,) later. Stable for dt <= .11 dx/u and dt <= .08 dx^2/nu."""
+        """Return the state dt (B,) later. See :meth:`stable_step`."""
         dt = dt.to(self.dtype)
         h = dt[:, None, None]
         ru, rv = self._rates(state)
@@ -204,14 +203,14 @@ class Flow:
         return self._divergence(state.u, state.v)
 
     def stable_step(self, speed: Tensor, cfl: float = 0.11, diffusion: float = 0.08) -> Tensor:
-        """Return the largest dt (B,) that is stable at the reference ``speed`` (B,), s.
+        r"""Return a stable dt (B,) at the reference ``speed`` (B,), s.
 
-        Twice the fluid's fastest speed is a safe reference. Limits are those measured for upwind
-        advection with Adams-Bashforth.
+        1/dt = speed/(cfl dx) + nu/(diffusion dx^2): each limit alone is what Adams-Bashforth with
+        upwind advection was measured to carry, where the fastest fluid is at twice the reference.
         """
         h = torch.minimum(self.dx, self.dy)[:, 0, 0]
-        convective = cfl * h / speed.to(self.dtype)
-        return torch.minimum(convective, diffusion * h**2 / self.nu[:, 0, 0].clamp(min=1e-300))
+        nu = self.nu[:, 0, 0]
+        return 1 / (speed.to(self.dtype) / (cfl * h) + nu / (diffusion * h**2))
 
     def _rates(self, state: State) -> tuple[Tensor, Tensor]:
         u, v = state.u, state.v
@@ -269,9 +268,6 @@ class Flow:
             u[..., -1] = out + missing
         return u, v
 
-    def _initial_outflow(self, u: Tensor) -> Tensor:
-        return u
-
     def _project(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         phi = self._laplace.solve(self._divergence(u, v))
         u, v = u.clone(), v.clone()
@@ -303,9 +299,7 @@ _Pair = tuple[_End, _End]
 
 def _padded(q: Tensor, low: _End, high: _End, *, normal: bool) -> Tensor:
     """Two ghost rows at both ends of axis 1. ``normal``: q lies on the two sides themselves."""
-    return torch.cat(
-        [_ghosts(q, *low, normal), q, _ghosts(q.flip(1), *high, normal).flip(1)], 1
-    )
+    return torch.cat([_ghosts(q, *low, normal), q, _ghosts(q.flip(1), *high, normal).flip(1)], 1)
 
 
 def _ghosts(q: Tensor, kind: Kind, velocity: Tensor, normal: bool) -> Tensor:
