@@ -150,6 +150,7 @@ def generate(
         settings={
             "subsets": [c.subset for c in cases],
             "cases": [c.name for c in cases],
+            "derived": list(problem.derived),
             "cells": cells,
             **{k: v for k, v in options.items() if isinstance(v, int | float | str)},
         },

@@ -80,7 +80,7 @@ def solve_cylinder(
     The inlet at the left is uniform, the outlet convective. For 2.5 D/u a small force across the
     stream, .04 u^2/D, right behind the cylinder starts the shedding. Times are in D/u: ``interval``
     between frames, ``discard`` before the first. ``per_diameter``: the solver's cells; at least 40
-    lie across the channel.
+    lie across the channel. Cells in the solid are zero.
     """
     p = _columns(cases, device)
     diameter = 2 * p["radius"]
@@ -108,7 +108,8 @@ def solve_cylinder(
     dx, dy = p["width"] / cells, p["height"] / cells
     line = torch.arange(cells, device=device) + 0.5
     x, y = line * dx[:, None, None], line[:, None] * dy[:, None, None]
-    return Solution(states, _distance(p, x, y) > 0, seconds, dx, dy)
+    mask = (_distance(p, x, y) > 0).cpu()
+    return Solution(states * mask[:, None, None], mask, seconds, dx, dy)
 
 
 def to_grid(fields: Tensor, cells: int) -> Tensor:
@@ -236,7 +237,10 @@ def cavity(highest_reynolds: float = 2000.0) -> Problem:
             "geo": _grid(base, carried, height=lengths, width=lengths),
         },
         solve_cavity,
-        {"reynolds": lambda values: reynolds(values, "height")},
+        {
+            "reynolds": lambda values: reynolds(values, "height"),
+            "aspect": lambda values: values["width"] / values["height"],
+        },
     )
 
 
@@ -279,5 +283,13 @@ def cylinder() -> Problem:
             ],
         },
         solve_cylinder,
-        {"reynolds": number},
+        {
+            "reynolds": number,
+            "blockage": lambda values: 2 * values["radius"] / values["height"],
+            "inlet_length": lambda values: values["center_x"] / (2 * values["radius"]),
+            "outlet_length": lambda values: (
+                (values["width"] - values["center_x"]) / (2 * values["radius"])
+            ),
+            "offset": lambda values: values["center_y"] / values["height"],
+        },
     )
