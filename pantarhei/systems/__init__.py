@@ -1,1 +1,1 @@
-"""Learned dynamics that run forward: fields, graphs, series."""
+"""What will this changing thing do next? Learned models of fields, graphs, series and bodies."""

@@ -1,0 +1,328 @@
+"""A trained model of fields with what it takes to use it: statistics, history, names, time step.
+
+Trains on windows of trajectories, rolls out in normalised units, measures in physical ones, and is
+saved as a folder of safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pantarhei.data.trajectories import Trajectories
+from pantarhei.data.windows import Statistics, Windows
+from pantarhei.errors import RequestError, nearest
+from pantarhei.files import atomic, read_json, write_json
+from pantarhei.fit import Fit, fit
+from pantarhei.rollout import Forecast, Metric, correlation, forecast_loss, relative_l2, rollout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Cases = Sequence[int] | NDArray[Any]
+
+MODELS = {
+    "sinenet": "pantarhei.systems.sinenet:SineNet",
+    "dil-resnet": "pantarhei.systems.dilated_resnet:DilatedResNet",
+    "fno": "pantarhei.systems.fno:FNO",
+    "ffno": "pantarhei.systems.fno:FactorizedFNO",
+}
+"""Models that a saved forecaster is rebuilt from by name; a new one is a line here."""
+
+_WEIGHTS, _DESCRIPTION = "weights.safetensors", "forecaster.json"
+_BATCH = 32
+
+
+@dataclass
+class FieldForecaster:
+    """A model (B, history x C, *space) to (B, C, *space) in normalised units, and its statistics.
+
+    ``given`` names what the model is told beside the frames: ``"parameters"``, ``"mask"``.
+
+    >>> import numpy as np
+    >>> from pantarhei.systems.sinenet import SineNet
+    >>> data = Trajectories.of(np.random.default_rng(0).normal(size=(6, 8, 1, 16, 16)))
+    >>> forecaster = FieldForecaster.of(SineNet(2, 1, waves=2, width=4, levels=2), data, range(4),
+    ...                                 history=2)
+    >>> _ = forecaster.train(data, range(4), steps=3, batch_size=4, quiet=True)
+    >>> found = forecaster.evaluate(data, [4, 5], steps=5)
+    >>> found.scores["relative_l2"].shape  # case, step, channel
+    torch.Size([2, 5, 1])
+    """
+
+    model: nn.Module
+    statistics: Statistics
+    history: int
+    channels: tuple[str, ...]
+    dt: float
+    given: tuple[Literal["parameters", "mask"], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        data: Trajectories,
+        training: Cases,
+        *,
+        history: int,
+        given: Sequence[Literal["parameters", "mask"]] = (),
+    ) -> FieldForecaster:
+        """Measure the statistics of the training cases for a model that is yet to be trained."""
+        statistics = Statistics.of(data, training)
+        return cls(model, statistics, history, data.channels, data.dt, tuple(given))
+
+    def train(
+        self,
+        data: Trajectories,
+        training: Cases,
+        validation: Cases = (),
+        *,
+        steps: int,
+        batch_size: int = 32,
+        horizon: int = 1,
+        pushforward: int = 0,
+        noise: float = 0.0,
+        error: Metric | None = None,
+        lr: float = 2e-4,
+        weight_decay: float = 1e-5,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        **options: Any,
+    ) -> Fit:
+        """Train on windows of the training cases; return what :func:`pantarhei.fit.fit` does.
+
+        The loss is that of :func:`pantarhei.rollout.forecast_loss`: ``horizon`` steps with
+        gradients after ``pushforward`` steps without, from inputs with ``noise``. With
+        ``validation`` cases the weights with the least error of their whole rollout are kept,
+        checked ``validate_every`` steps (ten times unless given). Further options are ``fit``'s.
+        """
+        where = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
+        windows = Windows(
+            data,
+            training,
+            history=self.history,
+            horizon=horizon + pushforward,
+            batch_size=batch_size,
+            seed=seed,
+            statistics=self.statistics,
+            given=self.given,
+            device=where,
+        )
+        if len(validation):
+            kind = options.get("precision", "auto")
+
+            def judge(model: nn.Module) -> float:
+                with _autocast(kind, where):
+                    found = self.evaluate(data, validation, metrics={"l2": relative_l2})
+                return found.mean("l2")
+
+            options = {"validate_every": max(1, steps // 10), **options}
+            options |= {"validate": judge, "best": "min"}
+        loss = forecast_loss(error, steps=horizon, pushforward=pushforward, noise=noise)
+        return fit(
+            self.model, windows, loss, steps=steps, lr=lr, weight_decay=weight_decay, seed=seed,
+            device=where, **options,
+        )  # fmt: skip
+
+    def evaluate(
+        self,
+        data: Trajectories,
+        cases: Cases,
+        steps: int | None = None,
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+        keep: Literal["all", "none"] = "none",
+        **options: Any,
+    ) -> Forecast:
+        """Roll out from the first frames of the cases and compare with the rest of them.
+
+        Scores (``relative_l2`` and ``correlation`` by channel unless ``metrics`` names others) are
+        of physical fields. Further options are those of :func:`pantarhei.rollout.stream`:
+        ``forced=steps`` measures every single step from the truth.
+        """
+        self._check(data)
+        steps = data.shape[1] - self.history if steps is None else steps
+        states = data.tensor(cases, 0, self.history + steps, repeat_last=True)
+        told = self._told(data, cases)
+        chosen = metrics or {"relative_l2": relative_l2, "correlation": correlation}
+        parts = []
+        for first in range(0, len(states), _BATCH):
+            some = slice(first, first + _BATCH)
+            device = next(self.model.parameters()).device
+            batch = self.statistics.normalise(states[some].to(device))
+            parts.append(
+                rollout(
+                    self.model,
+                    batch[:, : self.history],
+                    steps,
+                    truth=batch[:, self.history :],
+                    given=[t[some].to(device) for t in told],
+                    metrics=chosen,
+                    keep=keep,
+                    decode=self.statistics.restore,
+                    **options,
+                )
+            )
+        return _joined(parts)
+
+    def forecast(self, frames: Tensor, steps: int, *given: Tensor, **options: Any) -> Forecast:
+        """Forecast from the user's own last frames (B, history, C, *space), in physical units."""
+        if frames.dim() < 3 or frames.shape[1:3] != (self.history, len(self.channels)):
+            raise RequestError(
+                f"The forecast starts from (case, {self.history}, {len(self.channels)}, *space), "
+                f"not {tuple(frames.shape)}."
+            )
+        device = next(self.model.parameters()).device
+        start = self.statistics.normalise(frames.to(device, torch.float32))
+        told = [t.to(device) for t in given]
+        return rollout(
+            self.model, start, steps, given=told, decode=self.statistics.restore, **options
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the weights and everything else to a new folder."""
+        from safetensors.torch import save_file
+
+        place = Path(folder)
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise RequestError(f"'{folder}' is there already: name a new folder.")
+        kind = f"{type(self.model).__module__}:{type(self.model).__qualname__}"
+        known = {path: name for name, path in MODELS.items()}
+        with atomic(place / _WEIGHTS) as temporary:
+            weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+            save_file(weights, temporary)
+        write_json(
+            place / _DESCRIPTION,
+            {
+                "model": known.get(kind),
+                "arguments": getattr(self.model, "arguments", None) if kind in known else None,
+                "statistics": self.statistics.to_json(),
+                "history": self.history,
+                "channels": self.channels,
+                "dt": self.dt,
+                "given": self.given,
+            },
+        )
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], model: nn.Module | None = None
+    ) -> FieldForecaster:
+        """Read a saved forecaster; one around a model of your own needs that ``model`` again."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        place = Path(folder)
+        found = read_json(place / _DESCRIPTION)
+        try:
+            if model is None:
+                if found["model"] is None:
+                    raise RequestError(
+                        f"'{folder}' was saved around a model that this library does not build: "
+                        "give it as model=."
+                    )
+                model = build(found["model"], **found["arguments"])
+            model.load_state_dict(load_file(place / _WEIGHTS))
+            return cls(
+                model.eval(), Statistics.from_json(found["statistics"]), int(found["history"]),
+                tuple(found["channels"]), float(found["dt"]), tuple(found["given"]),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RequestError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise RequestError(f"'{folder}' is not a saved forecaster ({reason}).") from error
+
+    def _check(self, data: Trajectories) -> None:
+        if data.channels != self.channels or not math.isclose(data.dt, self.dt, rel_tol=1e-3):
+            raise RequestError(
+                f"The forecaster is of {self.channels} at dt {self.dt:g}, the data hold "
+                f"{data.channels} at dt {data.dt:g}."
+            )
+
+    def _told(self, data: Trajectories, cases: Cases) -> list[Tensor]:
+        chosen = [int(case) for case in cases]
+        parts = {"parameters": data.parameters, "mask": data.masks()}
+        told = []
+        for name in self.given:
+            if (values := parts[name]) is None:
+                raise RequestError(f"The model is told {name}, and the data hold none.")
+            told.append(torch.from_numpy(values[chosen]).float())
+        return told
+
+
+def build(name: str, **arguments: Any) -> nn.Module:
+    """Build a model of :data:`MODELS` by name.
+
+    >>> type(build("fno", in_ch=1, out_ch=1, width=4, modes=2)).__name__
+    'FNO'
+    """
+    if name not in MODELS:
+        raise RequestError(
+            f"Unknown model '{name}': choose one of {', '.join(MODELS)}.{nearest(name, MODELS)}"
+        )
+    module, _, kind = MODELS[name].partition(":")
+    model: nn.Module = getattr(importlib.import_module(module), kind)(**arguments)
+    return model
+
+
+def warmup_cosine(
+    epochs: int, warmup: int, lr: float, least: float = 1e-7
+) -> Callable[[float], float]:
+    r"""Return SineNet's schedule, a factor on ``lr`` for :func:`pantarhei.fit.fit`.
+
+    Constant within an epoch e: linear from ``least`` to ``lr`` over ``warmup`` epochs, then
+    :math:`\mathrm{least} + (\mathrm{lr} - \mathrm{least})(1 + \cos \pi\frac{e - w}{E - w})/2`.
+
+    >>> [f"{2e-4 * warmup_cosine(50, 5, 2e-4)(e / 50):.1e}" for e in (0, 5, 50)]
+    ['1.0e-07', '2.0e-04', '1.0e-07']
+    """
+
+    def factor(fraction: float) -> float:
+        epoch = math.floor(fraction * epochs + 1e-9)
+        if epoch < warmup:
+            value = least + (lr - least) * epoch / warmup
+        else:
+            turn = math.pi * (epoch - warmup) / (epochs - warmup)
+            value = least + (lr - least) * (1 + math.cos(turn)) / 2
+        return value / lr
+
+    return factor
+
+
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+
+def _joined(parts: Sequence[Forecast]) -> Forecast:
+    """Join forecasts of different cases; one that ended early, when all blew up, is filled up."""
+    steps = max((part.steps for part in parts), key=len)
+
+    def filled(states: Tensor, length: int) -> Tensor:
+        missing = length - states.shape[1]
+        nan = states.new_full((len(states), missing, *states.shape[2:]), math.nan)
+        return torch.cat([states, nan], 1)
+
+    def join(pieces: list[Tensor]) -> Tensor:
+        longest = max(piece.shape[1] for piece in pieces)
+        return torch.cat([filled(piece, longest) for piece in pieces])
+
+    return Forecast(
+        None if parts[0].kept is None else join([part.kept for part in parts]),
+        None,
+        steps,
+        {name: join([part.scores[name] for part in parts]) for name in parts[0].scores},
+        torch.cat([part.blown_at for part in parts]),
+    )
