@@ -267,8 +267,10 @@ def mean(rows: Sequence[dict[str, Any]], column: str) -> float:
 
 def subset_of(data: Trajectories, case: int) -> str:
     """Return the subset of a case, '' where the set names none."""
-    subsets = data.settings.get("subsets", ())
-    return str(subsets[case]) if len(subsets) == len(data) else ""
+    names = data.settings.get("subset_names", ())
+    if data.parameters is None or not names or "subset" not in data.parameter_names:
+        return ""
+    return str(names[int(data.parameters[case, columns_of(data, ["subset"])[0]])])
 
 
 def _speed(field: Tensor, mask: Tensor) -> Tensor:

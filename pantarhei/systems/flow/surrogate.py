@@ -180,7 +180,7 @@ def inputs_of(data: Trajectories) -> tuple[str, ...]:
 
     Of a set from elsewhere, all.
     """
-    derived = set(data.settings.get("derived", ())) | {"dx", "dy", "interval"}
+    derived = set(data.settings.get("derived", ())) | {"dx", "dy", "interval", "subset"}
     return tuple(name for name in data.parameter_names if name not in derived)
 
 

@@ -2,8 +2,8 @@
 
 >>> problem = cavity()
 >>> data = generate(problem, problem.cases(bc=2), cells=16, frames=3)
->>> data.shape, data.parameter_names[:2], data.settings["subsets"]
-((2, 3, 2, 16, 16), ('velocity', 'density'), ['bc', 'bc'])
+>>> data.shape, data.parameter_names[:2], data.settings["subset_names"]
+((2, 3, 2, 16, 16), ('velocity', 'density'), ['bc', 'prop', 'geo'])
 """
 
 from pantarhei.data.simulate.flow.cases import Case, Problem, Solution, generate

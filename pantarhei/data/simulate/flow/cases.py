@@ -89,16 +89,20 @@ class Problem:
                         f"A case of subset '{subset}' has a value that is not finite."
                     )
 
-    def cases(self, **counts: int) -> list[Case]:
-        """Return so many cases of each subset named, spread evenly over its grid; all without."""
+    def cases(self, **counts: int | None) -> list[Case]:
+        """Return so many cases of each subset named, spread evenly over its grid; None: all.
+
+        Without a name, all cases of all subsets.
+        """
         chosen = []
-        for subset, count in (counts or {s: len(g) for s, g in self.grids.items()}).items():
+        for subset, wanted in (counts or dict.fromkeys(self.grids)).items():
             if subset not in self.grids:
                 raise RequestError(
                     f"'{self.name}' has no subset '{subset}': choose one of "
                     f"{', '.join(self.grids)}.{nearest(subset, self.grids)}"
                 )
             grid = self.grids[subset]
+            count = len(grid) if wanted is None else wanted
             if not 0 <= count <= len(grid):
                 raise RequestError(
                     f"Subset '{subset}' of '{self.name}' has {len(grid)} cases, not {count}."
@@ -119,8 +123,8 @@ def generate(
 ) -> Trajectories:
     """Solve the cases and return them as trajectories, their masks and parameters with them.
 
-    ``parameters`` holds the problem's own, then its derived numbers, then ``dx``, ``dy`` (m) and
-    ``interval`` (s between frames); ``settings["subsets"]`` names the subset of each case. The
+    ``parameters`` holds the problem's own, then its derived numbers, then ``dx``, ``dy`` (m),
+    ``interval`` (s between frames) and ``subset``, a number into ``settings["subset_names"]``. The
     trajectories' ``dt`` is 1: one frame. ``options`` go to the solver.
 
     Raises :class:`RequestError` where there is no case, or one's flow is not finite.
@@ -138,18 +142,19 @@ def generate(
     own = [[c.parameters[name] for name in problem.parameters] for c in cases]
     derived = [[number(c.parameters) for number in problem.derived.values()] for c in cases]
     grid = torch.stack([found.dx, found.dy, found.interval], 1).double().cpu().numpy()
+    subsets = list(problem.grids)
+    which = np.array([[subsets.index(c.subset)] for c in cases])
     return Trajectories.of(
         found.states.float().cpu().numpy(),
         channels=problem.channels,
         parameters=np.concatenate(
-            [np.array(own), np.array(derived).reshape(len(own), -1), grid], 1
+            [np.array(own), np.array(derived).reshape(len(own), -1), grid, which], 1
         ),
-        parameter_names=(*problem.parameters, *problem.derived, "dx", "dy", "interval"),
+        parameter_names=(*problem.parameters, *problem.derived, "dx", "dy", "interval", "subset"),
         mask=found.mask.cpu().numpy(),
         name=problem.name,
         settings={
-            "subsets": [c.subset for c in cases],
-            "cases": [c.name for c in cases],
+            "subset_names": subsets,
             "derived": list(problem.derived),
             "cells": cells,
             **{k: v for k, v in options.items() if isinstance(v, int | float | str)},

@@ -8,8 +8,10 @@ import torch
 
 from pantarhei.data.simulate.flow import Case, Problem, Solution, cavity, cylinder, generate
 from pantarhei.data.simulate.flow.single_phase import solve_cavity, solve_cylinder
+from pantarhei.data.simulate.write import simulator, write
 from pantarhei.data.trajectories import open_trajectories
 from pantarhei.errors import RequestError
+from pantarhei.systems.flow.evaluation import subset_of
 
 
 def wake(**changes):
@@ -87,11 +89,11 @@ def test_trajectories_carry_the_cases_and_can_be_read_again(tmp_path):
     )
     assert data.shape == (2, 2, 2, 16, 16)
     assert data.parameter_names[8] == "reynolds"
-    assert data.parameter_names[-3:] == ("dx", "dy", "interval")
+    assert data.parameter_names[-4:] == ("dx", "dy", "interval", "subset")
     assert data.parameters[0, 0] == pytest.approx(0.3) and data.mask.mean() < 1
     data.save(tmp_path / "wake.npz")
     again = open_trajectories(tmp_path / "wake.npz")
-    assert again.settings["subsets"] == ["bc", "geo"]
+    assert [subset_of(again, i) for i in (0, 1)] == ["bc", "geo"]
     assert np.array_equal(again.frames(1), data.frames(1))
 
 
@@ -112,11 +114,23 @@ def test_a_users_own_problem_is_a_solver_and_a_grid():
     grid = {"slow": [{"rate": 0.1}, {"rate": 0.2}], "fast": [{"rate": 1.0}]}
     mine = Problem("decay", ("rate",), grid, decaying(lambda p: p["rate"]), channels=("heat",))
     data = generate(mine, mine.cases(), cells=8, frames=4)
-    assert data.channels == ("heat",) and data.settings["subsets"] == ["slow", "slow", "fast"]
+    assert data.channels == ("heat",) and subset_of(data, 2) == "fast"
     np.testing.assert_allclose(data.frames(2)[:, 0, 0, 0], np.exp(-np.arange(4.0)), rtol=1e-5)
     with pytest.raises(RequestError, match=r"became infinite in slow/0000"):
         broken = Problem("decay", ("rate",), grid, decaying(lambda p: -1e9 * p["rate"]))
         generate(broken, broken.cases(slow=1), cells=8, frames=4)
+
+
+def test_sets_are_written_in_shards_and_opened_as_one(tmp_path):
+    small = simulator("cavity", {"cells": "8", "frames": "3", "subset": "geo"})
+    write(small, tmp_path / "set", 3, shard=2, quiet=True)
+    data = open_trajectories(tmp_path / "set")
+    assert data.shape == (3, 3, 2, 8, 8) and {subset_of(data, i) for i in range(3)} == {"geo"}
+    alone = small.simulate([2])
+    assert np.array_equal(alone.parameters[0], data.parameters[2])
+    assert np.array_equal(alone.frames(0), data.frames(2))
+    with pytest.raises(RequestError, match="has 25 cases"):
+        small.simulate([25])
 
 
 @pytest.mark.parametrize(
