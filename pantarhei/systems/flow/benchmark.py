@@ -50,17 +50,17 @@ def split_by_subset(
     return found
 
 
-def mixes(subsets: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return every mix of subsets by name: CFDBench's seven, of three.
+def mixes(subsets: Sequence[str]) -> list[str]:
+    """Name every mix of subsets: CFDBench's seven, of three.
 
-    >>> list(mixes(["bc", "prop", "geo"]))
+    >>> mixes(["bc", "prop", "geo"])
     ['bc', 'prop', 'geo', 'bc+prop', 'bc+geo', 'prop+geo', 'bc+prop+geo']
     """
-    return {
-        "+".join(chosen): chosen
+    return [
+        "+".join(chosen)
         for count in range(1, len(subsets) + 1)
         for chosen in itertools.combinations(subsets, count)
-    }
+    ]
 
 
 def mixed(parts: Mapping[str, Parts], mix: str) -> Parts:

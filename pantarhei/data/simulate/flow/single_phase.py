@@ -36,21 +36,22 @@ def solve_cavity(
     frames: int = 60,
     device: str | torch.device = "cpu",
     interval: float = 0.25,
+    resolution: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Solution:
-    """Run cavities from rest: a box of cells x cells, the lid moves to the right at the top.
+    """Run cavities from rest: the lid moves to the right at the top.
 
-    ``interval``: between frames, in passages height/velocity.
+    ``interval``: between frames, in passages height/velocity. ``resolution``: the solver's cells
+    along each side, interpolated to cells x cells afterwards; 0: cells.
     """
     p = _columns(cases, device)
+    n = resolution or cells
 
     def flow(rows: Tensor) -> Flow:
         q = {name: values[rows] for name, values in p.items()}
         nu = q["viscosity"] / q["density"]
         lid = Side("wall", q["velocity"])
-        return Flow(
-            (cells, cells), q["width"] / cells, q["height"] / cells, nu, top=lid, dtype=dtype
-        )
+        return Flow((n, n), q["width"] / n, q["height"] / n, nu, top=lid, dtype=dtype)
 
     seconds = interval * p["height"] / p["velocity"]
     everyone = torch.arange(len(cases))
@@ -59,7 +60,7 @@ def solve_cavity(
     for rows in _alike(needed):
         run = _Run(flow(rows), p["velocity"][rows], rows)
         for i, state in enumerate(run.frames(seconds[rows], frames)):
-            states[rows, i] = run.flow.centres(state).float().cpu()
+            states[rows, i] = to_grid(run.flow.centres(state), cells).float().cpu()
     mask = torch.ones(len(cases), cells, cells, dtype=torch.bool)
     return Solution(states, mask, seconds, p["width"] / cells, p["height"] / cells)
 
