@@ -7,6 +7,7 @@
 """
 
 from pantarhei.data.simulate.flow.cases import Case, Problem, Solution, generate
+from pantarhei.data.simulate.flow.liquid import dam, tube
 from pantarhei.data.simulate.flow.mac import Flow, Laplacian, Side, State
 from pantarhei.data.simulate.flow.single_phase import cavity, cylinder
 
@@ -20,5 +21,7 @@ __all__ = [
     "State",
     "cavity",
     "cylinder",
+    "dam",
     "generate",
+    "tube",
 ]

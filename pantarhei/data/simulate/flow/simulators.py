@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pantarhei.data.simulate.flow.cases import Problem, generate
+from pantarhei.data.simulate.flow.liquid import dam, tube
 from pantarhei.data.simulate.flow.single_phase import cavity, cylinder
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError
@@ -44,6 +45,36 @@ class Cylinder:
     ) -> Trajectories:
         """Return the trajectories of the cases named; ``seed`` decides their order."""
         return _simulated(cylinder(), self.subset, cases, seed, self.cells, self.frames, device)
+
+
+@dataclass(frozen=True)
+class Tube:
+    """Tubes of air that fill with water, case i of a random order of the grids of :func:`.tube`."""
+
+    cells: int = 64
+    frames: int = 60
+    subset: str = "all"
+
+    def simulate(
+        self, cases: Sequence[int], seed: int = 0, device: str | torch.device = "cpu"
+    ) -> Trajectories:
+        """Return the trajectories of the cases named; ``seed`` decides their order."""
+        return _simulated(tube(), self.subset, cases, seed, self.cells, self.frames, device)
+
+
+@dataclass(frozen=True)
+class Dam:
+    """Water that meets obstacles, case i of a random order of the grids of :func:`.dam`."""
+
+    cells: int = 64
+    frames: int = 60
+    subset: str = "all"
+
+    def simulate(
+        self, cases: Sequence[int], seed: int = 0, device: str | torch.device = "cpu"
+    ) -> Trajectories:
+        """Return the trajectories of the cases named; ``seed`` decides their order."""
+        return _simulated(dam(), self.subset, cases, seed, self.cells, self.frames, device)
 
 
 def _simulated(
