@@ -18,9 +18,7 @@ class Format(StrEnum):
 def simulate(
     name: Annotated[
         str | None,
-        typer.Argument(
-            help="translation, smoke, shallow-water or compressible; lists them without."
-        ),
+        typer.Argument(help="A simulator's name; lists them without."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder, new or begun before.")] = None,
     cases: Annotated[int, typer.Option(help="How many trajectories.", min=1)] = 64,

@@ -20,6 +20,10 @@ SIMULATORS = {
     "smoke": "pantarhei.data.simulate.smoke:Smoke",
     "shallow-water": "pantarhei.data.simulate.shallow_water:ShallowWater",
     "compressible": "pantarhei.data.simulate.compressible:Compressible",
+    "cavity": "pantarhei.data.simulate.flow.simulators:Cavity",
+    "cylinder": "pantarhei.data.simulate.flow.simulators:Cylinder",
+    "tube": "pantarhei.data.simulate.flow.simulators:Tube",
+    "dam": "pantarhei.data.simulate.flow.simulators:Dam",
 }
 """Where each simulator of trajectories lies; a new one is a line here."""
 
