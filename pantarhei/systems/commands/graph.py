@@ -31,6 +31,7 @@ class ModelName(StrEnum):
     o = "evolvegcn-o"
     gcn = "gcn"
     gcn_gru = "gcn-gru"
+    roland = "roland"
     mlp = "mlp"
 
 

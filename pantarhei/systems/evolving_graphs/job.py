@@ -84,7 +84,7 @@ def learn(
     *,
     task: str = "link",
     model: str = "evolvegcn-h",
-    against: Sequence[str] = ("gcn", "gcn-gru", "mlp"),
+    against: Sequence[str] = MODELS,
     bin: str | None = None,
     symmetric: bool = False,
     window: int = 5,
