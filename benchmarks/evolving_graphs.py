@@ -229,7 +229,7 @@ def main() -> None:
     epoch_s, (forecaster,) = clocked(epoch, range(1))
     our_validation_s, _ = clocked(lambda _: evaluate(forecaster, problem, held), range(1))
 
-    # The plain one goes on from the weights that this epoch came to, so that scores can be compared.
+    # The plain one goes on from the weights that this epoch came to: scores can be compared.
     plain, plain_head = PlainEvolveGCN(ours), PlainHead(head)
     some = held if options.full else held[: options.validated]
     validation_s, theirs = clocked(

@@ -69,7 +69,7 @@ def test_a_finished_training_is_found_again(tmp_path):
 
 def test_the_claims_arithmetic():
     def row(study, model, value):
-        measure = "mrr_as_coded" if study.endswith("link") else "micro_f1"
+        measure = "mrr_as_coded" if " link" in study else "micro_f1"
         return {"study": study, "model": model, "seed": 0, measure: value}
 
     values = {
@@ -78,6 +78,7 @@ def test_the_claims_arithmetic():
         "bitcoin_alpha edge": (0.90, 0.91, 0.90, 0.89, 0.99),
         "bitcoin_otc edge": (0.88, 0.87, 0.90, 0.85, 0.99),
         "uci link": (0.0, 0.0, 1.0, 1.0, 1.0),
+        "bitcoin_alpha link uniform": (0.0, 0.0, 1.0, 1.0, 1.0),
     }
     models = ("evolvegcn-h", "evolvegcn-o", "gcn", "gcn-gru", "edgebank")
     means = [row(s, m, v) for s, vs in values.items() for m, v in zip(models, vs, strict=True)]
@@ -128,9 +129,14 @@ def test_the_released_settings_are_used_where_asked(tmp_path, monkeypatch):
     with tiny(tmp_path / "run", released=True) as run:
         problem = evolvegcn.problem_of(run, "sbm link")
         evolvegcn.trained(run, "sbm link", problem, "evolvegcn-o", 0.005, 0)
+        assert asked["sampling"] == "smart"
+        evolvegcn.trained(run, "sbm link uniform", problem, "evolvegcn-o", 0.005, 0)
     assert asked["head_hidden"] == 565 and asked["negatives_per_edge"] == 50
-    with tiny(tmp_path / "other") as run, pytest.raises(RequestError, match="not a study"):
-        evolvegcn.problem_of(run, "reddit edge")
+    assert asked["sampling"] == "uniform" and asked["class_weights"] == (0.1, 0.9)
+    with tiny(tmp_path / "other") as run:
+        for name in ("reddit edge", "sbm"):
+            with pytest.raises(RequestError, match="not a study"):
+                evolvegcn.problem_of(run, name)
 
 
 @needs_shared

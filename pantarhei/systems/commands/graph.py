@@ -31,6 +31,7 @@ class ModelName(StrEnum):
     o = "evolvegcn-o"
     gcn = "gcn"
     gcn_gru = "gcn-gru"
+    roland = "roland"
     mlp = "mlp"
 
 
@@ -129,9 +130,9 @@ def train(
         epochs=epochs,
         patience=patience,
         lr=lr,
-        class_weights=class_weight or (),
+        class_weights=class_weight or None,
         sampling=sampling.value,
-        negatives=negatives,
+        negatives_per_edge=negatives,
         top=top,
         seed=seed,
         quiet=json,

@@ -3,6 +3,7 @@
 from pantarhei.systems.evolving_graphs.baselines import (
     GCN,
     GCNGRU,
+    Roland,
     StaticMLP,
     edge_bank,
     preferential_attachment,
@@ -52,6 +53,7 @@ __all__ = [
     "NodeHead",
     "PairHead",
     "Problem",
+    "Roland",
     "SparseScores",
     "StaticMLP",
     "Summary",

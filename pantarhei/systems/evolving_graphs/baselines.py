@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from pantarhei.systems.evolving_graphs.graphs import Embedded, Graph, pick, project
+from pantarhei.systems.evolving_graphs.graphs import Embedded, Graph, pick, project, rows_of
 from pantarhei.systems.evolving_graphs.metrics import BlockScores, SparseScores
 
 
@@ -71,6 +71,52 @@ class GCNGRU(nn.Module):
         everyone = torch.cat([nodes, nodes.new_tensor([-1])])  # -1: whom no snapshot has
         sequence = [self.gcn.embed(graph)[graph.rows(everyone)] for graph in graphs]
         return Embedded(self.gru(torch.stack(sequence))[1][0], nodes)
+
+
+class Roland(nn.Module):
+    r"""ROLAND's model (2022): every node has a state in every layer, which a GRU updates.
+
+    .. math:: S_t^{(l)} = \mathrm{GRU}(\sigma(\hat A_t S_t^{(l-1)} W^{(l)}),\ S_{t-1}^{(l)}),
+              \qquad S_t^{(0)} = X_t
+
+    The model alone, trained like the others: not its live updates, nor its meta-learning.
+    """
+
+    def __init__(
+        self, dims: Sequence[int], *, activation: Callable[[], nn.Module] = nn.ReLU
+    ) -> None:
+        super().__init__()
+        self.gcn = GCN(dims, activation=activation, activate_last=True)
+        self.updates = nn.ModuleList(nn.GRUCell(width, width) for width in dims[1:])
+
+    def forward(self, graphs: Sequence[Graph]) -> Embedded:
+        """Return the last layer's states of every node that any of the snapshots has."""
+        nodes = torch.unique(torch.cat([graph.nodes for graph in graphs]))
+        everyone = torch.cat([nodes, nodes.new_tensor([-1])])  # -1: whom no snapshot has
+        widths = [weight.shape[1] for weight in self.gcn.weights]
+        states = [self.gcn.weights[0].new_zeros(len(everyone), width) for width in widths]
+        for graph in graphs:
+            adjacency = _widened(graph, nodes)
+            hidden = graph.features[graph.rows(everyone)]
+            layers = zip(self.gcn.weights, self.gcn.activations, self.updates, strict=True)
+            for i, (weight, activation, update) in enumerate(layers):
+                new = activation(adjacency @ project(hidden, weight))
+                hidden = states[i] = update(new, states[i])
+        return Embedded(states[-1], nodes)
+
+
+def _widened(graph: Graph, nodes: Tensor) -> Tensor:
+    """Return a snapshot's normalised adjacency among more nodes, and all others."""
+    index, values = graph.adjacency.indices(), graph.adjacency.values()
+    inside = index[0] < len(graph.nodes)  # without the row of all others
+    place = rows_of(nodes, graph.nodes)
+    alone = torch.ones(len(nodes) + 1, dtype=torch.bool, device=nodes.device)
+    alone[place] = False
+    own = torch.nonzero(alone)[:, 0]
+    index = torch.cat([place[index[:, inside]], torch.stack([own, own])], 1)
+    values = torch.cat([values[inside], values.new_ones(len(own))])
+    size = (len(alone), len(alone))
+    return torch.sparse_coo_tensor(index, values, size, check_invariants=False).coalesce()
 
 
 class StaticMLP(nn.Module):

@@ -84,7 +84,7 @@ def learn(
     *,
     task: str = "link",
     model: str = "evolvegcn-h",
-    against: Sequence[str] = ("gcn", "gcn-gru", "mlp"),
+    against: Sequence[str] = MODELS,
     bin: str | None = None,
     symmetric: bool = False,
     window: int = 5,
@@ -92,71 +92,58 @@ def learn(
     hidden: int = 32,
     head_hidden: int = 64,
     degree_cap: int = 64,
-    epochs: int = 20,
-    patience: int = 5,
-    lr: float = 0.005,
-    class_weights: Sequence[float] = (),
-    sampling: str = "smart",
-    negatives: float = 20.0,
     top: int = 100,
     seed: int = 0,
-    quiet: bool = False,
+    **training: Any,
 ) -> Learned:
-    """Train a model and its rivals alike, measure all on the last fifth of time, predict edges."""
+    """Train a model and its rivals alike, measure all on the last fifth of time, predict edges.
+
+    ``training`` are further arguments of :func:`pantarhei.systems.evolving_graphs.train`.
+    """
     if task == "node":
-        raise RequestError(
-            "An event list has no labels of nodes: the tasks here are link and edge."
-        )
-    span = float(events.time[-1] - events.time[0])
-    width = seconds(bin) if bin else (span / _BINS or 1.0)
-    graph = snapshots(events, width, symmetric=symmetric)
-    problem = Problem.of(
-        graph,
-        task,  # type: ignore[arg-type]
-        window=window,
-        degree_cap=degree_cap or None,
-    )
-    named = list(dict.fromkeys([model, *against]))
-    for name in named:
+        raise RequestError("An event list has no labels of nodes: the tasks are link and edge.")
+    for name in (model, *against):
         if name not in MODELS:
             raise RequestError(
                 f"'{name}' is not a model: choose {', '.join(MODELS)}.{nearest(name, MODELS)}"
             )
+    span = float(events.time[-1] - events.time[0])
+    width = seconds(bin) if bin else (span / _BINS or 1.0)
+    graph = snapshots(events, width, symmetric=symmetric)
+    cap = degree_cap or None
+    problem = Problem.of(graph, task, window=window, degree_cap=cap)  # type: ignore[arg-type]
     found: dict[str, Trained] = {}
-    for name in named:
+    for name in dict.fromkeys((model, *against)):
         found[name] = train(
             problem,
             build(name, problem.width, hidden, seed=seed),
             policy=policy if name == model else "restart",  # type: ignore[arg-type]
             head_hidden=head_hidden,
-            epochs=epochs,
-            patience=patience,
-            lr=lr,
-            class_weights=class_weights or None,
-            sampling=sampling,  # type: ignore[arg-type]
-            negatives_per_edge=negatives,
             seed=seed,
             label=name,
-            quiet=quiet,
+            **training,
         )
-    test = problem.split.test
-    rows = [{"model": n, **evaluate(t.forecaster, problem, test)} for n, t in found.items()]
-    rows += _rules(problem, test)
     settings = Settings(
         model, task, width, symmetric, window, problem.width, hidden, head_hidden,
         graph.classes, policy,
     )  # fmt: skip
-    forecaster = found[model].forecaster
+    return Learned(_told(found, model, problem, top), found[model].forecaster, settings)
+
+
+def _told(found: Mapping[str, Trained], model: str, problem: Problem, top: int) -> Outcome:
+    """Measure what was trained beside the rules, and predict what comes."""
+    test, graph = problem.split.test, problem.snapshots
+    rows = [{"model": n, **evaluate(t.forecaster, problem, test)} for n, t in found.items()]
+    rows += _rules(problem, test)
+    facts = _facts(problem) | _verdict(rows, model, problem.task)
     curves = {
         "training": [{"model": n, **row} for n, t in found.items() for row in t.epochs],
         "snapshots": _sizes(graph),
     }
-    facts = _facts(graph, problem) | _verdict(rows, model, task)
-    if task == "link":
-        curves["next"] = next_edges(forecaster, problem, top)
+    if problem.task == "link":
+        curves["next"] = next_edges(found[model].forecaster, problem, top)
         facts["predicted_edges"] = len(curves["next"])
-    title = f"{task} on {events.name}, {len(test)} test steps"
-    return Learned(Outcome(title, rows, facts, curves), forecaster, settings)
+    return Outcome(f"{problem.task} on {graph.name}, {len(test)} test steps", rows, facts, curves)
 
 
 def judge(events: Events, folder: str) -> Outcome:
@@ -262,8 +249,8 @@ def _verdict(rows: Sequence[Mapping[str, Any]], model: str, task: str) -> dict[s
     return {"measure": measure, "best": best["model"], f"{model}_over_best": own / best[measure]}
 
 
-def _facts(graph: Snapshots, problem: Problem) -> dict[str, Any]:
-    parts = problem.split
+def _facts(problem: Problem) -> dict[str, Any]:
+    parts, graph = problem.split, problem.snapshots
     return {
         "nodes": graph.nodes,
         "snapshots": len(graph),

@@ -23,7 +23,7 @@ from pantarhei._fit_random import mix
 from pantarhei.data.events import Snapshots, Split, degree_width, split
 from pantarhei.errors import RequestError, nearest
 from pantarhei.fit import Batches, Fit, fit
-from pantarhei.systems.evolving_graphs.baselines import GCN, GCNGRU, StaticMLP
+from pantarhei.systems.evolving_graphs.baselines import GCN, GCNGRU, Roland, StaticMLP
 from pantarhei.systems.evolving_graphs.graphs import Embedded, Graph, graphs_of
 from pantarhei.systems.evolving_graphs.heads import NodeHead, PairHead, class_weighted_loss
 from pantarhei.systems.evolving_graphs.metrics import Scores, average, classification, ranking
@@ -32,7 +32,7 @@ from pantarhei.systems.evolving_graphs.negatives import Sampling, negatives
 
 Task = Literal["link", "edge", "node"]
 Policy = Literal["restart", "carry"]
-MODELS = ("evolvegcn-h", "evolvegcn-o", "gcn", "gcn-gru", "mlp")
+MODELS = ("evolvegcn-h", "evolvegcn-o", "gcn", "gcn-gru", "roland", "mlp")
 _MEASURE = {"link": "map_as_coded", "edge": "f1_class_0", "node": "f1_class_1"}
 
 
@@ -204,7 +204,7 @@ class Forecaster(nn.Module):
 
     @property
     def carried(self) -> dict[str, Tensor]:
-        """The state that training, or :meth:`follow`, has come to."""
+        """The state that training has come to; :meth:`follow` starts from the first snapshot."""
         return {key: getattr(self, self._buffer(key)) for key in self._keys}
 
     @carried.setter
@@ -264,7 +264,7 @@ class Trained:
 def build(name: str, width: int, hidden: int = 50, layers: int = 2, seed: int = 0) -> nn.Module:
     """Return a model by name for ``width`` features, drawn with ``seed``.
 
-    The names are evolvegcn-h, evolvegcn-o, gcn, gcn-gru and mlp.
+    The names are evolvegcn-h, evolvegcn-o, gcn, gcn-gru, roland and mlp.
 
     As in the released code, EvolveGCN has a GRU in both variants, and RReLU follows every layer of
     every model: a ReLU of a small EvolveGCN can die, and with it all that comes before. Build one
@@ -277,6 +277,7 @@ def build(name: str, width: int, hidden: int = 50, layers: int = 2, seed: int = 
         "evolvegcn-o": lambda: EvolveGCN(dims, "o", "gru", **each),
         "gcn": lambda: GCN(dims, **each),
         "gcn-gru": lambda: GCNGRU(dims, activation=nn.RReLU),
+        "roland": lambda: Roland(dims, activation=nn.RReLU),
         "mlp": lambda: StaticMLP(dims, activation=nn.RReLU),
     }
     if name not in makers:

@@ -18,6 +18,7 @@ from pantarhei.systems.evolving_graphs import (
     Graph,
     MatrixGRU,
     MatrixLSTM,
+    Roland,
     StaticMLP,
     Summary,
     graph_of,
@@ -339,6 +340,29 @@ def test_gcn_gru_follows_each_node():
         sequence = [model.gcn.embed(g)[g.rows(torch.tensor(node))] for g in window]
         expected = model.gru(torch.stack(sequence)[:, None])[1][0, 0]
         torch.testing.assert_close(out.values[out.rows(torch.tensor(node))], expected)
+
+
+def test_roland_keeps_a_state_for_every_node_in_every_layer():
+    """On the rows of touched nodes it equals the run in which every node has a row."""
+    torch.manual_seed(0)
+    model = Roland((6, 5, 4))
+    seeds = (0, 1, 2)
+    compact = [graph_of(random_edges(s, 40, 25), degree_width=6) for s in seeds]
+    full = []
+    for seed in seeds:
+        e = random_edges(seed, 40, 25)
+        degree = np.zeros(40, np.int64)
+        degree[e.active] = np.minimum(e.degrees(), 5)
+        full.append(graph_of(e, NodeValues(np.arange(40), np.eye(6, dtype=np.float32)[degree])))
+    states = [torch.zeros(41, 5), torch.zeros(41, 4)]
+    for graph in full:
+        adjacency, hidden = dense(graph)
+        for i in range(2):
+            new = torch.relu(adjacency @ hidden @ model.gcn.weights[i])
+            hidden = states[i] = model.updates[i](new, states[i])
+    a, nodes = model(compact), torch.arange(40)
+    torch.testing.assert_close(a.values[a.rows(nodes)], hidden[:40])
+    assert len(a.nodes) < 40
 
 
 def test_the_static_mlp_sees_no_edge():
