@@ -189,6 +189,7 @@ def _eigenvalues(n: int, dx: float, like: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept may be part of a graph later
 def _cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the orthonormal DCT-II as a matrix: up to some hundred cells faster than an FFT."""
     k = torch.arange(n, dtype=torch.float64)
