@@ -233,10 +233,7 @@ class Trajectories:
         h5py = hdf5() if target.suffix in _HDF5 else None
         with atomic(target) as temporary:
             if h5py is None:
-                meta = np.frombuffer(json.dumps(self._meta()).encode(), np.uint8)
-                states = np.stack([self._padded(case) for case in range(len(self))])
-                with temporary.open("wb") as file:
-                    np.savez(file, allow_pickle=False, states=states, meta=meta, **arrays)
+                self._write_npz(temporary, arrays)
             else:
                 with h5py.File(temporary, "w") as file:
                     file.attrs["meta"] = json.dumps(self._meta())
@@ -247,6 +244,22 @@ class Trajectories:
                         states[case] = self._padded(case)
                     for name, part in arrays.items():
                         file.create_dataset(name, data=part)
+
+    def _write_npz(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write what ``np.savez`` would, one case after another."""
+        meta = np.frombuffer(json.dumps(self._meta()).encode(), np.uint8)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, part in {"meta": meta, **arrays}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, part, allow_pickle=False)
+            with archive.open("states.npy", "w", force_zip64=True) as member:
+                first = self._padded(0)
+                header = np.lib.format.header_data_from_array_1_0(first)
+                header |= {"shape": self.shape, "fortran_order": False}
+                np.lib.format.write_array_header_1_0(member, header)
+                for case in range(len(self)):
+                    found = self._padded(case) if case else first
+                    member.write(np.ascontiguousarray(found, first.dtype).tobytes())
 
     def _padded(self, case: int) -> Array:
         found = self.frames(case)

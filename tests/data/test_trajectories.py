@@ -44,6 +44,9 @@ def test_what_is_saved_is_what_is_opened(tmp_path, suffix, space):
     again = open_trajectories(tmp_path / f"a{suffix}")
     np.testing.assert_array_equal(again.tensor(), states)
     np.testing.assert_array_equal(again.frames(2, 3, 5), states[2, 3:5])
+    if suffix == ".npz":
+        with np.load(tmp_path / "a.npz", allow_pickle=False) as plain:
+            np.testing.assert_array_equal(plain["states"], states)
     for name in ("shape", "channels", "dt", "units", "spacing", "parameter_names", "name"):
         assert getattr(again, name) == getattr(data, name)
     assert again.settings == {"nu": 0.01}
