@@ -80,13 +80,13 @@ def solve_cylinder(
 
     The inlet at the left is uniform, the outlet convective. For 2.5 D/u a small force across the
     stream, .04 u^2/D, right behind the cylinder starts the shedding. Times are in D/u: ``interval``
-    between frames, ``discard`` before the first. ``per_diameter``: the solver's cells; at least 40
-    lie across the channel. Cells in the solid are zero.
+    between frames, ``discard`` before the first. ``per_diameter``: the solver's cells; five times as
+    many at least lie across the channel. Cells in the solid are zero.
     """
     p = _columns(cases, device)
     diameter = 2 * p["radius"]
     seconds, wait = interval * diameter / p["velocity"], discard * diameter / p["velocity"]
-    cell = torch.minimum(diameter / per_diameter, p["height"] / 40)
+    cell = torch.minimum(diameter, p["height"] / 5) / per_diameter
     shapes = [
         (round(height), round(width))
         for height, width in zip(
