@@ -80,8 +80,8 @@ def solve_cylinder(
 
     The inlet at the left is uniform, the outlet convective. For 2.5 D/u a small force across the
     stream, .04 u^2/D, right behind the cylinder starts the shedding. Times are in D/u: ``interval``
-    between frames, ``discard`` before the first. ``per_diameter``: the solver's cells; five times as
-    many at least lie across the channel. Cells in the solid are zero.
+    between frames, ``discard`` before the first. ``per_diameter``: the solver's cells; five times
+    as many at least lie across the channel. Cells in the solid are zero.
     """
     p = _columns(cases, device)
     diameter = 2 * p["radius"]
