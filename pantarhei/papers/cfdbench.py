@@ -254,6 +254,7 @@ class Study:
                     found.own_subset[model, row["trained_on"]] = row["nmse_u"]
         run.metrics(f"{name}-subsets", table)
         run.figure(f"{name}-horizon", horizon_figure(found))
+        run.figure(f"{name}-distance", distance_figure(name, far))
         if run.settings.time_solvers:
             self.time(models[best_of(found, IMAGE)], test)
         return found
@@ -406,5 +407,21 @@ def horizon_figure(found: Findings) -> Any:
         style = "k--" if model == "identity" else "-"
         axes.plot(range(1, len(curve) + 1), curve, style, label=model)
     axes.set(yscale="log", xlabel="step", ylabel="NMSE of u", title=found.problem)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def distance_figure(problem: str, rows: list[dict[str, Any]]) -> Any:
+    """Draw the one-step NMSE of every model against the distance from the training cases."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = [row for row in rows if row["model"] == model]
+        errors = [row["nmse_u"] for row in found]
+        axes.plot([row["distance"] for row in found], errors, ".", label=model)
+    distance = "distance from the nearest training case, standard deviations"
+    axes.set(yscale="log", xlabel=distance, ylabel="NMSE of u", title=problem)
     axes.legend(fontsize=8)
     return figure
