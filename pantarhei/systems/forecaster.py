@@ -95,6 +95,7 @@ class FieldForecaster:
         lr: float = 2e-4,
         weight_decay: float = 1e-5,
         seed: int = 0,
+        in_memory: bool | None = None,
         device: str | torch.device = "auto",
         **options: Any,
     ) -> Fit:
@@ -103,7 +104,8 @@ class FieldForecaster:
         The loss is that of :func:`pantarhei.rollout.forecast_loss`: ``horizon`` steps with
         gradients after ``pushforward`` steps without, from inputs with ``noise``. With
         ``validation`` cases the weights with the least error of their whole rollout are kept,
-        checked ``validate_every`` steps (ten times unless given). Further options are ``fit``'s.
+        checked ``validate_every`` steps (ten times unless given). ``in_memory`` as for
+        :class:`~pantarhei.data.windows.Windows`; further options are ``fit``'s.
         """
         where = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -117,6 +119,7 @@ class FieldForecaster:
             seed=seed,
             statistics=self.statistics,
             given=self.given,
+            in_memory=in_memory,
             device=where,
         )
         if len(validation):

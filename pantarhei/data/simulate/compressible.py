@@ -147,9 +147,9 @@ def outflow(conserved: Tensor, dx: float) -> Tensor:
     primitive = to_primitive(conserved)
     along_x = _flux(primitive, 3)
     # the same along y with the roles of the two velocities exchanged
-    turned = primitive[:, [0, 2, 1, 3]]
-    along_y = _flux(turned, 2)[:, [0, 2, 1, 3]]
-    return (along_x - along_x.roll(1, 3) + along_y - along_y.roll(1, 2)) / dx
+    along_y = _flux(primitive[:, [0, 2, 1, 3]], 2)[:, [0, 2, 1, 3]]
+    out = along_x[..., 1:] - along_x[..., :-1]
+    return out.add_(along_y[:, :, 1:] - along_y[:, :, :-1]).div_(dx)
 
 
 def to_primitive(conserved: Tensor) -> Tensor:
@@ -174,37 +174,51 @@ def _fastest(conserved: Tensor) -> Tensor:
 
 
 def _flux(primitive: Tensor, axis: int) -> Tensor:
-    """Return the HLLC flux through the upper face of each cell along ``axis``.
+    """Return the HLLC fluxes through the n + 1 faces along ``axis``, the first the last again.
 
     Channel 1 is the velocity along the axis.
     """
-    forward = primitive.roll(-1, axis) - primitive
-    backward = forward.roll(1, axis)
-    steepest = 2 * torch.minimum(forward.abs(), backward.abs())
-    slope = torch.minimum(steepest, (forward + backward).abs() / 2) * forward.sign()
-    slope = torch.where(forward * backward > 0, slope, 0)
-    left, right = primitive + slope / 2, (primitive - slope / 2).roll(-1, axis)
-    return _hllc(left, right)
+    n = primitive.shape[axis]
+
+    def part(x: Tensor, begin: int, end: int) -> Tensor:
+        return x.narrow(axis, begin, x.shape[axis] - begin - end)
+
+    across = [primitive.narrow(axis, n - 2, 2), primitive, primitive.narrow(axis, 0, 2)]
+    cells = torch.cat(across, axis)
+    step = part(cells, 1, 0) - part(cells, 0, 1)
+    backward, forward = part(step, 0, 1), part(step, 1, 0)
+    size = step.abs()
+    steepest = torch.minimum(part(size, 0, 1), part(size, 1, 0)).mul_(2)
+    central = (backward + forward).div_(2)
+    # half the slope: the central one, no steeper than twice either side, none at an extremum
+    half = torch.minimum(torch.maximum(central, -steepest), steepest).div_(2)
+    half = half.mul_(backward * forward > 0)
+    inner = part(cells, 1, 1)
+    return _hllc(part(inner, 0, 1) + part(half, 0, 1), part(inner, 1, 0) - part(half, 1, 0))
 
 
 def _hllc(left: Tensor, right: Tensor) -> Tensor:
     rho_l, u_l, _, p_l = left.unbind(1)
     rho_r, u_r, _, p_r = right.unbind(1)
-    c_l, c_r = torch.sqrt(GAMMA * p_l / rho_l), torch.sqrt(GAMMA * p_r / rho_r)
+    c_l, c_r = (p_l / rho_l).mul_(GAMMA).sqrt_(), (p_r / rho_r).mul_(GAMMA).sqrt_()
     s_l, s_r = torch.minimum(u_l - c_l, u_r - c_r), torch.maximum(u_l + c_l, u_r + c_r)
     mass_l, mass_r = rho_l * (s_l - u_l), rho_r * (s_r - u_r)
     s_m = (p_r - p_l + mass_l * u_l - mass_r * u_r) / (mass_l - mass_r)
     # the side that the contact wave leaves behind
     upwind = s_m >= 0
-    w = torch.where(upwind[:, None], left, right)
+    rho, u, v, p = torch.where(upwind[:, None], left, right).unbind(1)
     s, mass = torch.where(upwind, s_l, s_r), torch.where(upwind, mass_l, mass_r)
-    rho, u, v, p = w.unbind(1)
-    state = to_conserved(w)
-    energy = state[:, 3]
-    flux = torch.stack([rho * u, rho * u * u + p, rho * u * v, (energy + p) * u], 1)
-    density = mass / (s - s_m)
-    star_energy = density * (energy / rho + (s_m - u) * (s_m + p / mass))
-    star = torch.stack([density, density * s_m, density * v, star_energy], 1)
     # a wave that already moves away from the face leaves the flux of its side as it is
     beyond = torch.where(upwind, s.clamp(max=0), s.clamp(min=0))
-    return flux + beyond[:, None] * (star - state)
+    energy = p / (GAMMA - 1) + rho * (u * u + v * v) / 2
+    momentum, density = rho * u, mass / (s - s_m)
+    star_energy = density * (energy / rho + (s_m - u) * (s_m + p / mass))
+    return torch.stack(
+        [
+            momentum + beyond * (density - rho),
+            momentum * u + p + beyond * (density * s_m - momentum),
+            momentum * v + beyond * (density - rho) * v,
+            (energy + p) * u + beyond * (star_energy - energy),
+        ],
+        1,
+    )

@@ -16,6 +16,7 @@ asks for a periodic domain; its figures are not those of the paper's set. Axes a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,11 +79,11 @@ class ShallowWater:
         noise = torch.stack(
             [torch.randn(n, n, generator=g, dtype=torch.float64) for g in generators(seed, cases)]
         )
-        ky, kx, keep, _ = self._spectral(noise.device)
-        radius = torch.hypot(ky, kx) * self.length / (2 * math.pi)
+        iky, ikx, keep, _ = self._spectral(noise.device)
+        radius = torch.hypot(iky.imag, ikx.imag) * self.length / (2 * math.pi)
         weight = torch.exp(-((radius - self.waves) ** 2) / 2) * keep * (radius > 0)
         psi = torch.fft.rfft2(noise) * weight
-        u, v = (torch.fft.irfft2(1j * k * psi, s=(n, n)) for k in (-ky, kx))
+        u, v = (torch.fft.irfft2(ik * psi, s=(n, n)) for ik in (-iky, ikx))
         rms = (u**2 + v**2).mean((1, 2)).sqrt()
         scale = (self.speed / rms)[:, None, None]
         h = torch.fft.irfft2(psi, s=(n, n)) * _F / _G
@@ -100,17 +101,15 @@ class ShallowWater:
     def tendency(self, spectra: Tensor) -> Tensor:
         """Return the time derivative of the spectra."""
         n = self.size
-        ky, kx, keep, _ = self._spectral(spectra.device)
-        h, u, v = spectra.unbind(1)
-        vorticity = 1j * (kx * v - ky * u)
-        h, u, v, spin = torch.fft.irfft2(torch.stack([h, u, v, vorticity], 1), s=(n, n)).unbind(1)
-        spin = spin + _F
-        products = [(_DEPTH + h) * u, (_DEPTH + h) * v, spin * v, spin * u,
-                    _G * h + (u * u + v * v) / 2]  # fmt: skip
-        hu, hv, spin_v, spin_u, head = (keep * torch.fft.rfft2(torch.stack(products, 1))).unbind(1)
-        return torch.stack(
-            [-1j * (kx * hu + ky * hv), spin_v - 1j * kx * head, -spin_u - 1j * ky * head], 1
-        )
+        iky, ikx, keep, _ = self._spectral(spectra.device)
+        vorticity = ikx * spectra[:, 2] - iky * spectra[:, 1]
+        fields = torch.cat([spectra, vorticity[:, None]], 1)
+        h, u, v, spin = torch.fft.irfft2(fields, s=(n, n)).unbind(1)
+        spin, depth = spin + _F, h + _DEPTH
+        products = [depth * u, depth * v, spin * v, spin * u, _G * h + (u * u + v * v) / 2]
+        hu, hv, spin_v, spin_u, head = torch.fft.rfft2(torch.stack(products, 1)).unbind(1)
+        out = [-ikx * hu - iky * hv, spin_v - ikx * head, -spin_u - iky * head]
+        return torch.stack(out, 1) * keep
 
     def energy(self, states: Tensor) -> Tensor:
         r"""Return :math:`\overline{(H + h)|u|^2 + g h^2} / 2` of (B, 3, n, n), (B,)."""
@@ -137,12 +136,15 @@ class ShallowWater:
         )
 
     def _spectral(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ky, kx, what the two-thirds rule keeps, and the filter."""
-        n = self.size
-        options = {"dtype": torch.float64, "device": device}
-        my, mx = torch.fft.fftfreq(n, 1 / n, **options)[:, None], torch.fft.rfftfreq(
-            n, 1 / n, **options
-        )  # fmt: skip
-        largest = torch.maximum(my.abs(), mx.abs()) / (n / 3)
-        unit = 2 * math.pi / self.length
-        return unit * my, unit * mx, largest < 1, torch.exp(-36 * largest**18)
+        return _spectral(self.size, self.length, device)
+
+
+@functools.lru_cache(maxsize=8)
+def _spectral(n: int, length: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return i ky, i kx, what the two-thirds rule keeps, and the filter."""
+    my = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64)[:, None]
+    mx = torch.fft.rfftfreq(n, 1 / n, dtype=torch.float64)
+    largest = torch.maximum(my.abs(), mx.abs()) / (n / 3)
+    keep, unit = (largest < 1).double(), 2j * math.pi / length
+    parts = unit * my, unit * mx, keep, torch.exp(-36 * largest**18)
+    return tuple(part.to(device) for part in parts)  # type: ignore[return-value]

@@ -22,11 +22,11 @@ def run(sea, states, steps):
 
 
 def test_mass_is_exact_and_energy_nearly():
-    sea = ShallowWater(size=64)
-    start = sea.initial([0, 1])
+    sea = ShallowWater(size=64, dt=0.1)
+    start = sea.initial([0])
     speed = (start[:, 1:] ** 2).sum(1).mean((1, 2)).sqrt()
-    torch.testing.assert_close(speed, torch.full((2,), 0.3, dtype=F64))
-    end = run(sea, start, 800)  # to t = 40
+    torch.testing.assert_close(speed, torch.full((1,), 0.3, dtype=F64))
+    end = run(sea, start, 400)  # to t = 40
     assert end[:, 0].mean((1, 2)).abs().max() < 1e-14
     drift = sea.energy(end) / sea.energy(start) - 1
     assert (drift.abs() < 0.05).all() and (drift < 0).all()
