@@ -76,12 +76,14 @@ CLAIMS = (
 )
 
 # Cases are (bc, prop, geo). Frames and cells are those stored; the cavity's own grid is
-# cavity_resolution (0: cells). Of 57 cavities 7 are tested on, of 48 cylinders 6.
+# cavity_resolution (0: cells); ``fields``: "velocity" scales each case by its own speed.
 SETTINGS: dict[str, dict[str, Any]] = {
     "quick": {
         "problems": ("cavity",),
         "cavity_cases": (4, 4, 4),
         "cylinder_cases": (3, 3, 3),
+        "tube_cases": (3, 3, 3),
+        "dam_cases": (3, 3, 3),
         "cells": 32,
         "frames": 30,
         "cavity_resolution": 0,
@@ -94,6 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "schedule": "cosine",
         "develop": False,
+        "fields": "constant",
         "queries": 128,
         "steps": 20,
         "time_solvers": False,
@@ -102,6 +105,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "problems": ("cavity", "cylinder"),
         "cavity_cases": (24, 24, 9),
         "cylinder_cases": (20, 20, 8),
+        "tube_cases": (20, 20, 8),
+        "dam_cases": (20, 20, 8),
         "cells": 32,
         "frames": 40,
         "cavity_resolution": 48,
@@ -114,14 +119,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "schedule": "cosine",
         "develop": False,
+        "fields": "constant",
         "queries": 128,
         "steps": 20,
         "time_solvers": True,
     },
     "gpu": {
-        "problems": ("cavity", "cylinder"),
+        "problems": ("cavity", "cylinder", "tube", "dam"),
         "cavity_cases": (50, 44, 25),
         "cylinder_cases": (50, 23, 17),
+        "tube_cases": (50, 72, 15),
+        "dam_cases": (50, 50, 50),
         "cells": 64,
         "frames": 100,
         "cavity_resolution": 0,
@@ -137,6 +145,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "schedule": "published",
         "develop": True,
+        "fields": "constant",
         "queries": 1000,
         "steps": 20,
         "time_solvers": True,
@@ -146,7 +155,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 IMAGE = ("unet", "fno")
 DEEPONETS = ("auto-deeponet", "auto-edeeponet", "auto-deeponet-cnn")
 NON_AUTO = ("ffn", "deeponet")
-CLOSED = {"cavity": ("bottom", "top", "left", "right"), "cylinder": ("bottom", "top")}
+CLOSED = {"cavity": ("bottom", "top", "left", "right")}  # the others: bottom and top
 
 
 def recipe(run: Run) -> Iterator[Claim]:
@@ -245,6 +254,7 @@ class Study:
                     found.own_subset[model, row["trained_on"]] = row["nmse_u"]
         run.metrics(f"{name}-subsets", table)
         run.figure(f"{name}-horizon", horizon_figure(found))
+        run.figure(f"{name}-distance", distance_figure(name, far))
         if run.settings.time_solvers:
             self.time(models[best_of(found, IMAGE)], test)
         return found
@@ -273,7 +283,7 @@ class Study:
         with torch.random.fork_rng():
             torch.manual_seed(self.run.seed)
             net = model(name, len(inputs_of(self.data)), (grid[0], grid[1]), **options)
-        surrogate = Surrogate.of(net, self.data, cases)
+        surrogate = Surrogate.of(net, self.data, cases, fields=settings.fields)
         dear = name in (*NON_AUTO, "auto-ffn", "auto-deeponet-cnn")  # a query costs as a pixel
         train(
             surrogate, self.data, cases,
@@ -290,7 +300,7 @@ class Study:
         """Write divergence and wall violation of each model's forecasts beside the truth's."""
         from pantarhei.systems.flow.evaluation import physics
 
-        closed = CLOSED[self.problem.name]
+        closed = CLOSED.get(self.problem.name, ("bottom", "top"))
         rows = [
             {"model": label, **row}
             for label, model in models.items()
@@ -310,8 +320,12 @@ class Study:
             Case(self.problem.name, "test", i, dict(zip(names, row, strict=False)))
             for i, row in enumerate(self.data.parameters[list(test)].tolist())
         ]
-        key = "resolution" if self.problem.name == "cavity" else "per_diameter"
-        sizes = (8, 12, 16, 24) if key == "resolution" else (2, 4, 6)
+        key, sizes = {
+            "cavity": ("resolution", (8, 12, 16, 24)),
+            "cylinder": ("per_diameter", (2, 4, 6)),
+            "tube": ("across", (4, 8, 12)),
+            "dam": ("across", (8, 16, 24)),
+        }[self.problem.name]
         coarser = [{"cells": self.data.shape[-1], key: size} for size in sizes]
         rows = speed_at_equal_error(
             model, self.problem, cases, self.data, test, coarser,
@@ -322,15 +336,19 @@ class Study:
 
 def flow_of(run: Run, name: str) -> tuple[Problem, dict[str, Any]]:
     """Return a problem and its solver's options at this run's settings."""
-    from pantarhei.data.simulate.flow import cavity, cylinder
-    from pantarhei.errors import RequestError
+    from pantarhei.data.simulate.flow import cavity, cylinder, dam, tube
+    from pantarhei.errors import RequestError, nearest
 
+    problems = {"cylinder": cylinder, "tube": tube, "dam": dam}
     if name == "cavity":
         options = {"resolution": run.settings.cavity_resolution}
         return cavity(run.settings.highest_reynolds), options
-    if name == "cylinder":
-        return cylinder(), {}
-    raise RequestError(f"'{name}' is not a problem: choose cavity or cylinder.")
+    if name not in problems:
+        known = ("cavity", *problems)
+        raise RequestError(
+            f"'{name}' is not a problem: choose among {', '.join(known)}.{nearest(name, known)}"
+        )
+    return problems[name](), {}
 
 
 def judge(found: list[Findings], steps: int) -> dict[str, float]:
@@ -389,5 +407,21 @@ def horizon_figure(found: Findings) -> Any:
         style = "k--" if model == "identity" else "-"
         axes.plot(range(1, len(curve) + 1), curve, style, label=model)
     axes.set(yscale="log", xlabel="step", ylabel="NMSE of u", title=found.problem)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def distance_figure(problem: str, rows: list[dict[str, Any]]) -> Any:
+    """Draw the one-step NMSE of every model against the distance from the training cases."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = [row for row in rows if row["model"] == model]
+        errors = [row["nmse_u"] for row in found]
+        axes.plot([row["distance"] for row in found], errors, ".", label=model)
+    distance = "distance from the nearest training case, standard deviations"
+    axes.set(yscale="log", xlabel=distance, ylabel="NMSE of u", title=problem)
     axes.legend(fontsize=8)
     return figure

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import subprocess
 import sys
 
 import pytest
 
+from pantarhei.data.simulate.flow import liquid, single_phase
 from pantarhei.errors import RequestError
 from pantarhei.papers import cfdbench, load_recipe
 from pantarhei.papers.cfdbench import Findings, judge
@@ -75,20 +77,22 @@ def test_a_tiny_run_measures_every_claim_and_leaves_its_evidence(tmp_path):
     assert (result.dir / "cavity-horizon.png").exists()
 
 
-def test_a_cylinder_runs_too(tmp_path):
-    recipe = load_recipe("cfdbench")
-    changes = {**TINY, "problems": ("cylinder",), "cylinder_cases": (3, 3, 3), "frames": 3}
-    changes |= {"models": ("fno", "auto-deeponet"), "steps": 2}
-    import functools
-
-    from pantarhei.data.simulate.flow import single_phase
-
-    short = functools.partial(single_phase.solve_cylinder, discard=0.5, per_diameter=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(single_phase, "solve_cylinder", short)
-        with start(recipe, out=tmp_path / "run", device="cpu", quiet=True, changes=changes) as run:
-            result = execute(run)
+@pytest.mark.parametrize(
+    ("name", "module", "options"),
+    [
+        ("cylinder", single_phase, {"discard": 0.5, "per_diameter": 3}),
+        ("tube", liquid, {"across": 4, "passages": 0.1}),
+        ("dam", liquid, {"across": 8, "interval": 0.01}),
+    ],
+)
+def test_the_other_problems_run_too(tmp_path, monkeypatch, name, module, options):
+    short = functools.partial(getattr(module, f"solve_{name}"), **options)
+    monkeypatch.setattr(module, f"solve_{name}", short)
+    models = ("fno", "auto-deeponet")
+    with tiny(tmp_path / "run", problems=(name,), frames=3, models=models, steps=2) as run:
+        result = execute(run)
     assert all(math.isfinite(claim.measured) for claim in result.claims)
+    assert len(rows_of(result.dir / f"{name}-one-step.csv")) == 4 * 3
 
 
 def test_simulated_cases_are_kept_when_a_run_goes_on(tmp_path):
@@ -134,7 +138,7 @@ def test_the_claims_arithmetic():
 def test_an_unknown_problem_is_refused(tmp_path):
     with (
         tiny(tmp_path / "run", problems=("lake",)) as run,
-        pytest.raises(RequestError, match="not a problem"),
+        pytest.raises(RequestError, match="not a problem: choose among cavity"),
     ):
         list(cfdbench.recipe(run))
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from pantarhei.errors import RequestError, nearest
-from pantarhei.systems.flow.image_models import FNO, ResNet, UNet
+from pantarhei.systems.flow.image_models import FNO, ImageModel, ResNet, UNet
 from pantarhei.systems.flow.point_models import (
     FFN,
     AutoDeepONet,
@@ -48,6 +48,7 @@ __all__ = [
     "AutoEDeepONet",
     "AutoFFN",
     "DeepONet",
+    "ImageModel",
     "ResNet",
     "UNet",
     "model",

@@ -190,3 +190,25 @@ class FNO(_Image):
         for spectral, bypass in zip(self.spectral, self.bypass, strict=True):
             x = F.gelu(spectral(x) + bypass(x))
         return self.project(x)
+
+
+class ImageModel(_Image):
+    """Any network of images as a flow model: (B, channels + 1 + P, R, C) to (B, channels, R, C).
+
+    It is given (field, mask, parameters as planes); ``residual`` adds its answer to the field, and
+    the mask is applied.
+
+    >>> mine = ImageModel(nn.Conv2d(2 + 1 + 5, 2, 3, padding=1), parameters=5)
+    >>> mine.step(torch.zeros(1, 2, 9, 9), torch.zeros(1, 5)).shape
+    torch.Size([1, 2, 9, 9])
+    """
+
+    def __init__(
+        self, net: nn.Module, parameters: int, channels: int = 2, residual: bool = True
+    ) -> None:
+        super().__init__(parameters, channels)
+        self.net, self.residual = net, residual
+
+    def _next(self, field: Tensor, omega: Tensor, mask: Tensor | None) -> Tensor:
+        out: Tensor = self.net(planes(field, mask, omega))
+        return field + out if self.residual else out

@@ -21,7 +21,7 @@ from pantarhei.errors import RequestError, nearest
 _PUBLISHED = {
     "density": (5.0, 4.0),
     "viscosity": (0.00238, 0.005),
-    "velocity": (25.0, 50.0),
+    **dict.fromkeys(("velocity", "vel_top", "vel_in"), (25.0, 50.0)),
 }
 
 

@@ -8,7 +8,8 @@ import torch
 from pantarhei.errors import RequestError
 from pantarhei.systems.flow import IMAGE_MODELS, MODELS, POINT_MODELS, STEP_AT_POINTS, model
 from pantarhei.systems.flow._layers import NormAct, at_points, grid_points
-from pantarhei.systems.flow.image_models import FNO, UNet
+from pantarhei.systems.flow.image_models import FNO, ImageModel, UNet
+from pantarhei.systems.sinenet import SineNet
 
 # cavity, tube and dam, cylinder
 SIZES = {
@@ -156,6 +157,16 @@ def test_a_zero_last_layer_makes_the_identity(name):
         torch.nn.init.zeros_(module.bias)
     field, omega, _ = inputs()
     assert torch.equal(net.step(field, omega), field)
+
+
+def test_any_image_network_becomes_a_flow_model():
+    field, omega, mask = inputs()
+    net = SineNet(8, 2, waves=2, width=4, levels=2)
+    out = ImageModel(net, 5).step(field, omega, mask)
+    whole = torch.cat([field, mask, omega[:, :, None, None].expand(-1, -1, 16, 16)], 1)
+    torch.testing.assert_close(out, (field + net(whole)) * mask)
+    bare = ImageModel(net, 5, residual=False).step(field, omega, mask)
+    torch.testing.assert_close(bare, net(whole) * mask)
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pantarhei.data.simulate.flow.cases import Case, Parameters, Problem, Solution
-from pantarhei.data.simulate.flow.single_phase import (
+from pantarhei.data.simulate.flow._grids import (
     BASE,
-    _alike,
-    _columns,
-    _even,
-    _grid,
+    alike,
+    columns,
+    even,
+    product,
     reynolds,
     to_grid,
 )
+from pantarhei.data.simulate.flow.cases import Case, Parameters, Problem, Solution
 from pantarhei.data.simulate.flow.two_phase import GRAVITY, Fluids, TwoPhase, TwoPhaseState
 
 BOX = (0.4, 1.5)  # height and width of the dam's box, m
@@ -41,7 +41,7 @@ def solve_tube(
 
     ``passages``: the time of the last frame, in width/velocity. ``across``: the solver's cells.
     """
-    p = _columns(cases, device)
+    p = columns(cases, device)
     seconds = passages * p["width"] / p["velocity"] / (frames - 1)
     shapes = [(across, round(ratio * across)) for ratio in (p["width"] / p["height"]).tolist()]
 
@@ -55,7 +55,7 @@ def solve_tube(
     for shape in dict.fromkeys(shapes):
         of_shape = torch.tensor([i for i, s in enumerate(shapes) if s == shape])
         stable = box(of_shape, shape).stable_step(p["velocity"][of_shape])
-        for part in _alike((seconds[of_shape] / stable).ceil().long()):
+        for part in alike((seconds[of_shape] / stable).ceil().long()):
             rows = of_shape[part]
             flow = box(rows, shape)
             start = flow.start(torch.zeros(1, *shape))
@@ -81,7 +81,7 @@ def solve_dam(
     inlet and obstacle at t = 0; the rest of the left side and the right one are open. ``interval``:
     s between frames. Obstacles are whole cells of the solver, ``across`` to the box's height.
     """
-    p = _columns(cases, device)
+    p = columns(cases, device)
     shape = (across, round(across * BOX[1] / BOX[0]))
     y, x = (
         (torch.arange(n, device=device) + 0.5) * length / n
@@ -103,7 +103,7 @@ def solve_dam(
         )  # fmt: skip
 
     everyone = torch.arange(len(cases))
-    for rows in _alike((seconds / box(everyone).stable_step(speed)).ceil().long()):
+    for rows in alike((seconds / box(everyone).stable_step(speed)).ceil().long()):
         flow = box(rows)
         moving = (
             torch.nn.functional.pad(water.to(dtype), (1, 0)) * p["velocity"][rows][:, None, None]
@@ -158,7 +158,7 @@ def tube() -> Problem:
         "tube",
         BASE,
         {
-            "bc": _grid(base, carried, velocity=_even(0.3, 2.0, 50)),
+            "bc": product(base, carried, velocity=even(0.3, 2.0, 50)),
             "prop": _properties(base, carried),
             "geo": [values for values in geometries if carried(values)],
         },
@@ -181,9 +181,9 @@ def dam() -> Problem:
         "dam",
         BASE,
         {
-            "bc": _grid(base, carried, velocity=_even(0.2, 2.0, 50)),
+            "bc": product(base, carried, velocity=even(0.2, 2.0, 50)),
             "prop": _properties(base, carried),
-            "geo": _grid(base, carried, height=_even(0.11, 0.15, 5), width=_even(0.01, 0.1, 10)),
+            "geo": product(base, carried, height=even(0.11, 0.15, 5), width=even(0.01, 0.1, 10)),
         },
         solve_dam,
         {
@@ -194,5 +194,5 @@ def dam() -> Problem:
 
 
 def _properties(base: Parameters, carried: Callable[[Parameters], bool]) -> list[Parameters]:
-    densities, viscosities = (_even(10, 1000, 10), _even(0.01, 1, 10))
-    return _grid(base, carried, density=densities, viscosity=viscosities)
+    densities, viscosities = (even(10, 1000, 10), even(0.01, 1, 10))
+    return product(base, carried, density=densities, viscosity=viscosities)

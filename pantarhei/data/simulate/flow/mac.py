@@ -14,14 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pantarhei.data.simulate.flow._stencils import End, Kind, mean_of_four, padded, upwind
 from pantarhei.errors import RequestError
-
-Kind = Literal["wall", "slip", "inlet", "outlet"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +146,7 @@ class Flow:
             raise RequestError(f"a grid of {shape} cells is too small: 4 x 4 at least.")
         self.shape, self.dtype, self.device = shape, dtype, dx.device
         self.dx, self.dy, self.nu = (a.to(dtype)[:, None, None] for a in (dx, dy, nu))
+        # in this order everywhere
         self.sides = {"left": left, "right": right, "bottom": bottom, "top": top}
         self._velocity = {name: self._each(side.velocity) for name, side in self.sides.items()}
         self._laplace = Laplacian(shape, dx, dy, dtype=dtype)
@@ -214,37 +213,26 @@ class Flow:
 
     def _rates(self, state: State) -> tuple[Tensor, Tensor]:
         u, v = state.u, state.v
-        s, w = self.sides, self._velocity
-        left, right = (s["left"].kind, w["left"]), (s["right"].kind, w["right"])
-        bottom, top = (s["bottom"].kind, w["bottom"]), (s["top"].kind, w["top"])
-        ru = self._advected(u, u, _to_other(v, left, right), (left, right), (bottom, top), True)
-        rv = self._advected(
-            v, _to_other(u.mT, bottom, top).mT, v, (left, right), (bottom, top), False
+        left, right, bottom, top = (
+            (side.kind, self._velocity[name]) for name, side in self.sides.items()
         )
+        at_u, at_v = mean_of_four(v, 2, left, right), mean_of_four(u, 1, bottom, top)
+        ru = self._along(u, u, 2, left, right, normal=True)
+        ru += self._along(u, at_u, 1, bottom, top, normal=False)
+        rv = self._along(v, at_v, 2, left, right, normal=False)
+        rv += self._along(v, v, 1, bottom, top, normal=True)
         if self.force is not None:
             fu, fv = self.force(state.t[:, None, None])
             ru, rv = ru + fu, rv + fv
         return ru, rv
 
-    def _advected(
-        self,
-        q: Tensor,
-        along_x: Tensor,
-        along_y: Tensor,
-        x_sides: _Pair,
-        y_sides: _Pair,
-        is_u: bool,
+    def _along(
+        self, q: Tensor, c: Tensor, axis: int, low: End, high: End, *, normal: bool
     ) -> Tensor:
-        """-c . grad q + nu Laplace q, with c = (along_x, along_y) at the faces of q."""
-        in_x = _padded(q.mT, *x_sides, normal=is_u).mT
-        in_y = _padded(q, *y_sides, normal=not is_u)
-        first_x, second_x = _upwind(in_x.mT, along_x.mT)
-        first_y, second_y = _upwind(in_y, along_y)
-        return (
-            self.nu * (second_x.mT / self.dx**2 + second_y / self.dy**2)
-            - first_x.mT / self.dx
-            - first_y / self.dy
-        )
+        """-c q' + nu q'' along one axis."""
+        spacing = self.dx if axis == 2 else self.dy
+        first, second = upwind(padded(q, axis, low, high, normal=normal), c, axis)
+        return second.mul_(self.nu / spacing**2).sub_(first.div_(spacing))
 
     def _bounded(
         self, u: Tensor, v: Tensor, before: Tensor, h: Tensor | None
@@ -291,44 +279,3 @@ class Flow:
 
     def _line(self, n: int, shift: float) -> Tensor:
         return torch.arange(n, dtype=self.dtype, device=self.device) + shift
-
-
-_End = tuple[Kind, Tensor]
-_Pair = tuple[_End, _End]
-
-
-def _padded(q: Tensor, low: _End, high: _End, *, normal: bool) -> Tensor:
-    """Two ghost rows at both ends of axis 1. ``normal``: q lies on the two sides themselves."""
-    return torch.cat([_ghosts(q, *low, normal), q, _ghosts(q.flip(1), *high, normal).flip(1)], 1)
-
-
-def _ghosts(q: Tensor, kind: Kind, velocity: Tensor, normal: bool) -> Tensor:
-    if kind == "outlet" or (normal and kind == "inlet"):
-        return q[:, :1].expand(-1, 2, -1)
-    if normal:
-        return -q[:, 1:3].flip(1)  # odd: the side is closed
-    mirrored = q[:, :2].flip(1)
-    if kind == "slip":
-        return mirrored
-    return 2 * velocity - mirrored if kind == "wall" else -mirrored
-
-
-def _upwind(q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    r"""c q' (second-order upwind) and q'' along axis 1, both without spacing; q has 2 ghosts.
-
-    The one-sided difference (3 q_0 - 4 q_-1 + q_-2)/2 of either direction is the mean of both plus
-    sign(c) times half their difference.
-    """
-    n = c.shape[1]
-    a, b, m, d, e = (q[:, i : i + n] for i in range(5))
-    near, far = b + d, a + e
-    central = 4 * (d - b) - (e - a)
-    biased = far - 4 * near + 6 * m
-    return (c * central + c.abs() * biased) / 4, near - 2 * m
-
-
-def _to_other(v: Tensor, left: _End, right: _End) -> Tensor:
-    """v (B, ny + 1, nx) at the x-faces (B, ny, nx + 1): means of four."""
-    wide = _padded(v.mT, left, right, normal=False).mT[..., 1:-1]
-    mean = (wide[..., 1:] + wide[..., :-1]) / 2
-    return (mean[:, 1:] + mean[:, :-1]) / 2

@@ -9,24 +9,24 @@ passage apart, .25 l/u, and for the cylinder .2 D/u, about 25 to a period of the
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pantarhei.data.simulate.flow._grids import (
+    BASE,
+    alike,
+    columns,
+    even,
+    product,
+    reynolds,
+    to_grid,
+)
 from pantarhei.data.simulate.flow.cases import Case, Parameters, Problem, Solution
 from pantarhei.data.simulate.flow.mac import Flow, Side, State
-
-BASE = ("velocity", "density", "viscosity", "height", "width")
-
-
-def reynolds(values: Parameters, length: str) -> float:
-    """Return density velocity length / viscosity."""
-    return values["density"] * values["velocity"] * values[length] / values["viscosity"]
 
 
 def solve_cavity(
@@ -44,7 +44,7 @@ def solve_cavity(
     ``interval``: between frames, in passages height/velocity. ``resolution``: the solver's cells
     along each side, interpolated to cells x cells afterwards; 0: cells.
     """
-    p = _columns(cases, device)
+    p = columns(cases, device)
     n = resolution or cells
 
     def flow(rows: Tensor) -> Flow:
@@ -57,7 +57,7 @@ def solve_cavity(
     everyone = torch.arange(len(cases))
     needed = _Run(flow(everyone), p["velocity"], everyone).substeps(seconds)
     states = torch.empty(len(cases), frames, 2, cells, cells)
-    for rows in _alike(needed):
+    for rows in alike(needed):
         run = _Run(flow(rows), p["velocity"][rows], rows)
         for i, state in enumerate(run.frames(seconds[rows], frames)):
             states[rows, i] = to_grid(run.flow.centres(state), cells).float().cpu()
@@ -80,13 +80,13 @@ def solve_cylinder(
 
     The inlet at the left is uniform, the outlet convective. For 2.5 D/u a small force across the
     stream, .04 u^2/D, right behind the cylinder starts the shedding. Times are in D/u: ``interval``
-    between frames, ``discard`` before the first. ``per_diameter``: the solver's cells; at least 40
-    lie across the channel. Cells in the solid are zero.
+    between frames, ``discard`` before the first. ``per_diameter``: the solver's cells; five times
+    as many at least lie across the channel. Cells in the solid are zero.
     """
-    p = _columns(cases, device)
+    p = columns(cases, device)
     diameter = 2 * p["radius"]
     seconds, wait = interval * diameter / p["velocity"], discard * diameter / p["velocity"]
-    cell = torch.minimum(diameter / per_diameter, p["height"] / 40)
+    cell = torch.minimum(diameter, p["height"] / 5) / per_diameter
     shapes = [
         (round(height), round(width))
         for height, width in zip(
@@ -98,7 +98,7 @@ def solve_cylinder(
         of_shape = torch.tensor([i for i, s in enumerate(shapes) if s == shape])
         whole = _wake({n: v[of_shape] for n, v in p.items()}, shape, dtype)
         needed = _Run(whole, p["velocity"][of_shape], of_shape).substeps(seconds[of_shape])
-        for part in _alike(needed):
+        for part in alike(needed):
             rows = of_shape[part]
             run = _Run(
                 _wake({n: v[rows] for n, v in p.items()}, shape, dtype), p["velocity"][rows], rows
@@ -111,13 +111,6 @@ def solve_cylinder(
     x, y = line * dx[:, None, None], line[:, None] * dy[:, None, None]
     mask = (_distance(p, x, y) > 0).cpu()
     return Solution(states * mask[:, None, None], mask, seconds, dx, dy)
-
-
-def to_grid(fields: Tensor, cells: int) -> Tensor:
-    """Interpolate fields at cell centres bilinearly to cells x cells of the same box."""
-    if fields.shape[-2:] == (cells, cells):
-        return fields
-    return F.interpolate(fields, (cells, cells), mode="bilinear", align_corners=False)
 
 
 def _distance(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -174,42 +167,6 @@ class _Run:
             yield state
 
 
-def _alike(needed: Tensor, most: float = 1.5) -> list[Tensor]:
-    """Group cases whose numbers of steps differ by at most a factor of ``most``."""
-    order = torch.argsort(needed)
-    groups: list[list[int]] = []
-    for row in order.tolist():
-        if groups and needed[row] <= most * needed[groups[-1][0]]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [torch.tensor(sorted(group)) for group in groups]
-
-
-def _columns(cases: Sequence[Case], device: str | torch.device) -> dict[str, Tensor]:
-    names = cases[0].parameters
-    return {
-        name: torch.tensor(
-            [case.parameters[name] for case in cases], dtype=torch.float64, device=device
-        )
-        for name in names
-    }
-
-
-def _grid(
-    base: Parameters, keep: Callable[[Parameters], bool], **values: Sequence[float]
-) -> list[Parameters]:
-    sets = [
-        {**base, **dict(zip(values, chosen, strict=True))}
-        for chosen in itertools.product(*values.values())
-    ]
-    return [s for s in sets if keep(s)]
-
-
-def _even(first: float, last: float, count: int) -> list[float]:
-    return [first + (last - first) * i / (count - 1) for i in range(count)]
-
-
 def cavity(highest_reynolds: float = 2000.0) -> Problem:
     """Return the cavity: 50 lid speeds (bc), the paper's rho and mu (prop), l and w (geo).
 
@@ -228,14 +185,14 @@ def cavity(highest_reynolds: float = 2000.0) -> Problem:
         "cavity",
         BASE,
         {
-            "bc": _grid(base, carried, velocity=_even(lowest, 50.0, 50)),
-            "prop": _grid(
+            "bc": product(base, carried, velocity=even(lowest, 50.0, 50)),
+            "prop": product(
                 base,
                 carried,
                 density=(0.1, 0.5, *map(float, range(1, 11))),
                 viscosity=(1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2),
             ),
-            "geo": _grid(base, carried, height=lengths, width=lengths),
+            "geo": product(base, carried, height=lengths, width=lengths),
         },
         solve_cavity,
         {
@@ -269,8 +226,8 @@ def cylinder() -> Problem:
         "cylinder",
         names,
         {
-            "bc": _grid(base, carried, velocity=_even(0.3, 2.0, 50)),
-            "prop": _grid(
+            "bc": product(base, carried, velocity=even(0.3, 2.0, 50)),
+            "prop": product(
                 base,
                 carried,
                 density=(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0),

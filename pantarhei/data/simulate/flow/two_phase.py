@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pantarhei.data.simulate.flow.mac import Kind, Laplacian, _padded, _to_other, _upwind
+from pantarhei.data.simulate.flow._stencils import End, mean_of_four, padded, upwind
+from pantarhei.data.simulate.flow.mac import Laplacian
 from pantarhei.errors import RequestError
 
 GRAVITY = 9.81  # m/s^2
@@ -198,22 +199,22 @@ class TwoPhase:
     # momentum
 
     def _rates(self, state: TwoPhaseState, a: Tensor) -> tuple[Tensor, Tensor]:
-        wall: tuple[Kind, Tensor] = ("wall", self.dx.new_zeros(()))
-        left: tuple[Kind, Tensor] = wall if self.closed else ("inlet", wall[1])
-        right: tuple[Kind, Tensor] = wall if self.closed else ("outlet", wall[1])
+        wall: End = ("wall", self.dx.new_zeros(()))
+        left: End = wall if self.closed else ("inlet", wall[1])
+        right: End = wall if self.closed else ("outlet", wall[1])
         u, v = state.u, state.v
-        at_u = _to_other(v, left, right)
-        at_v = _to_other(u.mT, wall, wall).mT
+        at_u = mean_of_four(v, 2, left, right)
+        at_v = mean_of_four(u, 1, wall, wall)
         wide = F.pad(a[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
         a_u = (wide[:, 1:-1, 1:] + wide[:, 1:-1, :-1]) / 2
         a_v = (wide[:, 1:, 1:-1] + wide[:, :-1, 1:-1]) / 2
         tall = F.pad(a_u[:, None], (0, 0, 1, 1), mode="replicate")[:, 0]
         mu_corner = self._viscosity((tall[:, 1:] + tall[:, :-1]) / 2)
         mu_x, mu_y = self._viscosity(wide[:, 1:-1]), self._viscosity(wide[..., 1:-1])
-        u_x = _padded(u.mT, left, right, normal=True).mT
-        u_y = _padded(u, wall, wall, normal=False)
-        v_x = _padded(v.mT, left, right, normal=False).mT
-        v_y = _padded(v, wall, wall, normal=True)
+        u_x = padded(u, 2, left, right, normal=True)
+        u_y = padded(u, 1, wall, wall, normal=False)
+        v_x = padded(v, 2, left, right, normal=False)
+        v_y = padded(v, 1, wall, wall, normal=True)
         xx, yy = self.dx**2, self.dy**2
         friction_u = _diffused(u_x, mu_x, 2) / xx + _diffused(u_y, mu_corner, 1) / yy
         friction_v = _diffused(v_x, mu_corner, 2) / xx + _diffused(v_y, mu_y, 1) / yy
@@ -226,13 +227,10 @@ class TwoPhase:
         """c . grad q: second-order upwind in one fluid, first-order where both are."""
         pure = (a < 0.01) | (a > 0.99)
         found = torch.zeros_like(cx)
-        for q, c, spacing, turn in ((q_x.mT, cx.mT, self.dx, True), (q_y, cy, self.dy, False)):
-            n = c.shape[1]
-            before, here, after = (q[:, 1 + i : 1 + i + n] for i in range(3))
+        for q, c, axis, spacing in ((q_x, cx, 2, self.dx), (q_y, cy, 1, self.dy)):
+            before, here, after = (q.narrow(axis, i, c.shape[axis]) for i in (1, 2, 3))
             first = c.clamp(min=0) * (here - before) + c.clamp(max=0) * (after - here)
-            second = _upwind(q, c)[0]
-            both = torch.where(pure.mT if turn else pure, second, first)
-            found = found + (both.mT if turn else both) / spacing
+            found += torch.where(pure, upwind(q, c, axis)[0], first) / spacing
         return found
 
     def _density(self, a: Tensor) -> Tensor:
