@@ -139,11 +139,23 @@ def report(
     ledger: Annotated[
         str | None, typer.Option(help="The ledger to read; the user's own unless named.")
     ] = None,
+    take: Annotated[
+        str | None, typer.Option("--import", help="A folder of records to add first.")
+    ] = None,
+    give: Annotated[
+        str | None, typer.Option("--export", help="A folder to write the newest runs' records to.")
+    ] = None,
 ) -> None:
-    """Render the newest results of every claim as Markdown."""
+    """Render the newest results of every claim as Markdown; exchange them as files."""
+    from pantarhei.claims import Ledger
+    from pantarhei.records import export_records, import_records
     from pantarhei.report import write_report
 
+    if take is not None:
+        import_records(Ledger(ledger), take)
     write_report(out, ledger)
+    if give is not None:
+        export_records(Ledger(ledger), give)
 
 
 @app.command()
