@@ -19,7 +19,9 @@ import typer
 from pantarhei.data.simulate.command import simulate
 from pantarhei.errors import RequestError, nearest
 from pantarhei.learning.commands import deep_linear, effective_theory, generalization, lr_transfer
+from pantarhei.systems.commands import graph
 from pantarhei.systems.commands.forecast import forecast
+from pantarhei.systems.commands.forecast_series import forecast_series
 
 app = typer.Typer(
     name="pantarhei",
@@ -28,9 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (deep_linear, generalization, effective_theory):
+for group in (deep_linear, generalization, effective_theory, graph):
     app.add_typer(group.app)
-for command in (lr_transfer.lr_transfer, simulate, forecast):
+for command in (lr_transfer.lr_transfer, simulate, forecast, forecast_series):
     app.command()(command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -109,6 +109,10 @@ def forecast(
 
 
 def _parts(path: str, test: str | None, plan: Plan) -> Parts:
+    if path.lower().endswith((".csv", ".csv.gz", ".tsv")):
+        raise RequestError(
+            f"'{path}' is a table: forecast it with pantarhei forecast-series {path} --target NAME."
+        )
     data = open_trajectories(path)
     if len(data.shape) < 4:
         raise RequestError(

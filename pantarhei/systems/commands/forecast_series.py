@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(name="forecast-series", add_completion=False)
 
-
-@app.command("forecast-series")
 def forecast_series(
     data: Annotated[
         list[str], typer.Argument(help="CSV or NPZ files, one for each run, or folders of them.")

@@ -114,6 +114,7 @@ def test_one_and_three_dimensions(call, tmp_path, size):
         (("mine.npz", "--padding", "mirror"), "choose zeros or circular"),
         (("mine.npz", "--out", "."), "new folder"),
         (("two.npz",), "2 trajectories"),
+        (("mine.csv",), "forecast-series mine.csv"),
         (("mine.npz", "--parameters", 10), "or more"),
         (("mine.npz", "--test", "other.npz"), "sets of the same"),
         (("series.npz",), "without a grid"),

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from pantarhei.errors import RequestError
-from pantarhei.systems.commands.forecast_series import app
+from pantarhei.cli import app
 
 
 def run(*arguments):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
+    result = CliRunner().invoke(app, ["forecast-series", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
