@@ -226,6 +226,7 @@ class Study:
         models |= {model: self.train(model, "all") for model in run.settings.models}
         steps: list[dict[str, Any]] = []
         curves: list[dict[str, Any]] = []
+        cases: list[dict[str, Any]] = []
         far: list[dict[str, Any]] = []
         for label, model in models.items():
             rows = one_step(model, self.data, test)
@@ -234,12 +235,14 @@ class Study:
             ahead = multi_step(model, self.data, test, run.settings.steps)
             found.horizon[label] = ahead.curve.tolist()
             curves += [{"model": label, **row} for row in ahead.rows()]
+            cases += [{"model": label, **row} for row in ahead.by_case(self.data, test)]
             far += [
                 {"model": label, **row} for row in against_distance(model, self.data, known, test)
             ]
         steps += [{"model": "mean of the case", **row} for row in case_mean(self.data, test)]
         run.metrics(f"{name}-one-step", steps)
         run.metrics(f"{name}-horizon", curves)
+        run.metrics(f"{name}-horizon-by-case", cases)
         run.metrics(f"{name}-distance", far)
         self.write_physics(models, test)
         table: list[dict[str, Any]] = []

@@ -65,6 +65,7 @@ def test_a_tiny_run_measures_every_claim_and_leaves_its_evidence(tmp_path):
     )
     curves = rows_of(result.dir / "cavity-horizon.csv")
     assert len(curves) == 4 * 5 and all(row["blown"] == "0" for row in curves)
+    assert len(rows_of(result.dir / "cavity-horizon-by-case.csv")) == 4 * 5 * 3
     first = next(row for row in curves if row["model"] == "identity")
     assert float(first["nmse_u"]) == 1.0  # nothing moves in the first frame
     table = rows_of(result.dir / "cavity-subsets.csv")

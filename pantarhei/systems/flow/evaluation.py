@@ -114,6 +114,14 @@ class Horizon:
             for t in range(len(steps))
         ]
 
+    def by_case(self, data: Trajectories, cases: Sequence[int]) -> list[dict[str, Any]]:
+        """Return a row per case and step, with the case's subset."""
+        return [
+            {"case": case, "subset": subset_of(data, case), "step": t + 1, "nmse_u": value}
+            for case, row in zip(cases, self.nmse_u.tolist(), strict=True)
+            for t, value in enumerate(row)
+        ]
+
 
 def multi_step(
     model: Any,

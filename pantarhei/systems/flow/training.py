@@ -123,8 +123,6 @@ def train(
 class _Staircase:
     """Factor .9 for every 20 epochs done."""
 
-    __qualname__ = "staircase"
-
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 

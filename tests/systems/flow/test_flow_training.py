@@ -96,6 +96,9 @@ def test_persistence_has_the_error_that_the_factor_gives():
     curve = multi_step(Persistence(), data, range(5), steps=3, start=2).nmse_u
     for k in (1, 2, 3):
         np.testing.assert_allclose(curve[:, k - 1], (f**-k - 1) ** 2, rtol=1e-4)
+    rows = multi_step(Persistence(), data, [4, 1], steps=2).by_case(data, [4, 1])
+    assert [(r["case"], r["step"]) for r in rows] == [(4, 1), (4, 2), (1, 1), (1, 2)]
+    assert rows[3]["nmse_u"] == pytest.approx((f[1] ** -2 - 1) ** 2, rel=1e-4)
     late = multi_step(Persistence(), data, range(5), steps=20).nmse_u  # the last frame repeated
     np.testing.assert_allclose(late[:, -1], (f**-8 - 1) ** 2, rtol=1e-3)
 

@@ -132,6 +132,12 @@ def generate(
     if not cases:
         raise RequestError(f"There is no case of '{problem.name}' to solve: ask for one or more.")
     found = problem.solve(cases, cells=cells, frames=frames, device=device, **options)
+    wanted = (len(cases), frames, len(problem.channels))
+    if found.states.dim() != 5 or found.states.shape[:3] != wanted:
+        raise RequestError(
+            f"The solver of '{problem.name}' returned states of shape {tuple(found.states.shape)}: "
+            f"{wanted} and the grid's rows and columns are wanted."
+        )
     bad = ~torch.isfinite(found.states).flatten(1).all(1)
     if bad.any():
         names = ", ".join(c.name for c, wrong in zip(cases, bad.tolist(), strict=True) if wrong)

@@ -117,8 +117,12 @@ def test_a_users_own_problem_is_a_solver_and_a_grid():
     assert data.channels == ("heat",) and subset_of(data, 2) == "fast"
     np.testing.assert_allclose(data.frames(2)[:, 0, 0, 0], np.exp(-np.arange(4.0)), rtol=1e-5)
     with pytest.raises(RequestError, match=r"became infinite in slow/0000"):
-        broken = Problem("decay", ("rate",), grid, decaying(lambda p: -1e9 * p["rate"]))
+        solver = decaying(lambda p: -1e9 * p["rate"])
+        broken = Problem("decay", ("rate",), grid, solver, channels=("heat",))
         generate(broken, broken.cases(slow=1), cells=8, frames=4)
+    with pytest.raises(RequestError, match=r"returned states of shape \(3, 4, 1, 8, 8\)"):
+        two = Problem("decay", ("rate",), grid, mine.solve)  # u and v, where the solver has heat
+        generate(two, two.cases(), cells=8, frames=4)
 
 
 def test_sets_are_written_in_shards_and_opened_as_one(tmp_path):
