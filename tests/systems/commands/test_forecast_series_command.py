@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from pantarhei.errors import RequestError
 from pantarhei.cli import app
+from pantarhei.errors import RequestError
 
 
 def run(*arguments):
