@@ -223,7 +223,7 @@ def main() -> None:
     def epoch(_: int) -> Forecaster:
         return train(
             problem, ours, head=head, epochs=1, lr=LR, class_weights=WEIGHTS,
-            negatives_per_edge=NEGATIVES, quiet=True,
+            negatives_per_edge=NEGATIVES, sampling="smart", quiet=True,
         ).forecaster  # fmt: skip
 
     epoch_s, (forecaster,) = clocked(epoch, range(1))

@@ -94,7 +94,7 @@ def train(
     ] = None,
     sampling: Annotated[
         SamplingName, typer.Option(help="How pairs that are not edges are drawn.")
-    ] = SamplingName.smart,
+    ] = SamplingName.uniform,
     negatives: Annotated[float, typer.Option(help="Such pairs for each edge.")] = 20.0,
     top: Top = 100,
     source: Column = None,

@@ -300,7 +300,7 @@ def train(
     epochs: int = 20,
     lr: float = 0.005,
     class_weights: Sequence[float] | None = None,
-    sampling: Sampling = "smart",
+    sampling: Sampling = "uniform",
     negatives_per_edge: float = 20,
     measure: str | None = None,
     keep: Literal["best", "last"] = "best",
@@ -329,7 +329,8 @@ def train(
         epochs: At most so many times through the training steps; validated after each.
         lr: Adam's rate.
         class_weights: Of the loss, by class; default (0.1, 0.9) for links, equal otherwise.
-        sampling: Which pairs are not edges (:func:`negatives`), for links.
+        sampling: Which pairs are not edges (:func:`negatives`), for links. The released code's
+            ``"smart"`` teaches models that remember the window's nodes to rank all others first.
         negatives_per_edge: How many of them.
         measure: What is validated; default ``map_as_coded`` for links, ``f1_class_0`` for edges,
             ``f1_class_1`` for nodes, as in the released code.
