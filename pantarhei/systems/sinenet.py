@@ -428,7 +428,11 @@ def upsampled(x: Tensor, borders: Sequence[Border], kind: str = "bicubic") -> Te
     """
     for axis, border in enumerate(borders, start=2):
         matrix = _doubling(x.shape[axis], border == "circular", kind, x.dtype, x.device)
-        x = torch.tensordot(x, matrix, dims=([axis], [1])).movedim(-1, axis)
+        if axis == x.dim() - 1:
+            x = x @ matrix.T
+        else:
+            behind = x.shape[axis + 1 :]
+            x = (matrix @ x.flatten(axis + 1)).unflatten(-1, behind)
     return x
 
 

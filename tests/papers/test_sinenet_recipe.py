@@ -61,6 +61,32 @@ def test_a_tiny_run_measures_its_claims_and_leaves_its_evidence(tmp_path):
     assert len(own) == 10 and sum(own) / 10 == pytest.approx(error("smoke", "2"), rel=1e-5)
 
 
+def test_a_run_that_was_interrupted_gives_the_same(tmp_path, monkeypatch):
+    changes = {"translation": ("1", "2"), "smoke": ()}
+
+    def rollouts(folder):
+        rows = csv.DictReader((folder / "models.csv").open())
+        return [(row["model"], row["rollout"], row["one_step"]) for row in rows]
+
+    with tiny(tmp_path / "whole", **changes) as run:
+        execute(run)
+    trained = sinenet.Study.train
+
+    def interrupted(self, model, seed):
+        if model == "2":
+            raise KeyboardInterrupt
+        return trained(self, model, seed)
+
+    monkeypatch.setattr(sinenet.Study, "train", interrupted)
+    with tiny(tmp_path / "run", **changes) as run, pytest.raises(KeyboardInterrupt):
+        execute(run)
+    monkeypatch.undo()
+    recipe, options = load_recipe("sinenet"), {"device": "cpu", "quiet": True, "resume": True}
+    with start(recipe, out=tmp_path / "run", **options) as run:
+        execute(run)
+    assert rollouts(tmp_path / "run") == rollouts(tmp_path / "whole")
+
+
 def test_other_networks_and_flows_are_built_and_run(tmp_path):
     others = ("1", "deeper", "unet", "dil-resnet", "fno")
     with tiny(tmp_path / "run", smoke=others, translation=("1 longer", "2")) as run:
