@@ -112,8 +112,8 @@ class Flow:
         force: Acceleration (fu, fv) at time t (B, 1, 1), anything that adds to u and v, m/s^2.
         dtype: float64 (default) or float32, which holds the divergence to about 1e-4 u/dx.
 
-    Raises :class:`RequestError` when the batch sizes differ, a spacing is not positive, or the sides
-    are not walls all around, or an inlet at the left with an outlet at the right.
+    Raises :class:`RequestError` when the batch sizes differ, a spacing is not positive, or the
+    sides are neither closed all around nor an inlet at the left with an outlet at the right.
 
     >>> one = torch.ones(1)
     >>> box = Flow((8, 8), one / 8, one / 8, one / 100, top=Side("wall", 1.0))
