@@ -73,6 +73,8 @@ def cfdbench(folder: str | os.PathLike[str]) -> Trajectories:
             if u.shape != v.shape or u.ndim != 3 or u.dtype.kind != "f":
                 raise ValueError(f"u.npy is {u.dtype}{u.shape}, v.npy {v.dtype}{v.shape}")
             case = json.loads((place / "case.json").read_text("utf-8"))
+            if not isinstance(case, dict):
+                raise ValueError("case.json holds no names with numbers")
             facts.append({k: float(x) for k, x in case.items() if isinstance(x, int | float)})
         sets.append(
             Trajectories((1, len(u), 2, *u.shape[1:]), _stacked((u[None], v[None])), ("u", "v"))
@@ -132,7 +134,7 @@ def read_pdebench(path: Path, file: Any) -> Trajectories:
         names = tuple(f"u{i}" for i in range(channels))
         shape = (len(numbered), frames, channels, *space)
         axes, where = ("x", "y", "z")[: len(space)], first.get("grid", first)
-        coordinates = {axis: where[axis] for axis in ("t", *axes) if axis in where}
+        coordinates = {axis: dataset(where, axis) for axis in ("t", *axes) if axis in where}
     else:
         known = ("density", "pressure", "Vx", "Vy", "Vz", "tensor")
         names = tuple(name for name in known if name in file)
@@ -145,7 +147,7 @@ def read_pdebench(path: Path, file: Any) -> Trajectories:
         shape = (cases, frames, len(names), *space)
         axes = ("x", "y", "z")[: len(space)]
         stored = {axis: f"{axis}-coordinate" for axis in ("t", *axes)}
-        coordinates = {axis: file[name] for axis, name in stored.items() if name in file}
+        coordinates = {axis: dataset(file, name) for axis, name in stored.items() if name in file}
     steps = {axis: uniform(np.asarray(values)) for axis, values in coordinates.items()}
     return Trajectories(
         shape,

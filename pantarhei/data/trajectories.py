@@ -48,7 +48,7 @@ Read = Callable[[int, int, int], Array]
 
 FORMAT, VERSION = "pantarhei-trajectories", 1
 _HDF5 = (".h5", ".hdf5", ".hdf")
-_MOST_COMPRESSED = 2**31  # bytes of a compressed member, which has to be unpacked at once
+_MOST_BYTES = 2**31  # of what is read at once: a compressed member, parameters, a mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +175,14 @@ class Trajectories:
             raise RequestError(
                 f"Case {case} of {len(self)} has {length} frames: {start} to {stop} are not there."
             )
-        found = self.read(case, start, stop)
+        try:
+            found = self.read(case, start, stop)
+        except (OSError, ValueError, RuntimeError) as error:  # damage that opening did not meet
+            reason = " ".join(str(error).split())[:200]
+            raise RequestError(
+                f"Frames {start} to {stop} of case {case} of '{self.name}' cannot be read "
+                f"({reason}): get the file again, or leave the case out."
+            ) from error
         if not np.isfinite(found).all():
             bad = int(np.argwhere(~np.isfinite(found).reshape(len(found), -1).all(1))[0, 0])
             raise RequestError(
@@ -226,10 +233,7 @@ class Trajectories:
         h5py = hdf5() if target.suffix in _HDF5 else None
         with atomic(target) as temporary:
             if h5py is None:
-                meta = np.frombuffer(json.dumps(self._meta()).encode(), np.uint8)
-                states = np.stack([self._padded(case) for case in range(len(self))])
-                with temporary.open("wb") as file:
-                    np.savez(file, allow_pickle=False, states=states, meta=meta, **arrays)
+                self._write_npz(temporary, arrays)
             else:
                 with h5py.File(temporary, "w") as file:
                     file.attrs["meta"] = json.dumps(self._meta())
@@ -240,6 +244,22 @@ class Trajectories:
                         states[case] = self._padded(case)
                     for name, part in arrays.items():
                         file.create_dataset(name, data=part)
+
+    def _write_npz(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write what ``np.savez`` would, one case after another."""
+        meta = np.frombuffer(json.dumps(self._meta()).encode(), np.uint8)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, part in {"meta": meta, **arrays}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, part, allow_pickle=False)
+            with archive.open("states.npy", "w", force_zip64=True) as member:
+                first = self._padded(0)
+                header = np.lib.format.header_data_from_array_1_0(first)
+                header |= {"shape": self.shape, "fortran_order": False}
+                np.lib.format.write_array_header_1_0(member, header)
+                for case in range(len(self)):
+                    found = self._padded(case) if case else first
+                    member.write(np.ascontiguousarray(found, first.dtype).tobytes())
 
     def _padded(self, case: int) -> Array:
         found = self.frames(case)
@@ -382,12 +402,13 @@ def _described(meta: Any) -> dict[str, Any]:
         raise ValueError("its meta does not say that these are trajectories")
     if found.get("version") != VERSION:
         raise ValueError(f"version {found.get('version')!r} of the format is not known here")
-    names = ("channels", "units", "spacing", "parameter_names")
+    names = ("channels", "units", "parameter_names")
     return {
         "dt": float(found["dt"]),
         "name": str(found.get("name", "")),
         "settings": dict(found.get("settings", {})),
-        **{key: tuple(found.get(key, ())) for key in names},
+        "spacing": tuple(map(float, found.get("spacing", ()))),
+        **{key: tuple(map(str, found.get(key, ()))) for key in names},
     }
 
 
@@ -396,6 +417,8 @@ def _assembled(arrays: Mapping[str, Any], meta: dict[str, Any]) -> Trajectories:
     if states.dtype.kind != "f":
         raise ValueError(f"states are {states.dtype}")
     kinds = {"parameters": np.float64, "mask": np.bool_, "lengths": np.int64}
+    if any(math.prod(arrays[name].shape) > _MOST_BYTES // 8 for name in kinds if name in arrays):
+        raise ValueError("parameters, mask or lengths larger than any set has")
     parts: dict[str, Any] = {
         name: np.asarray(arrays[name]).astype(kind)
         for name, kind in kinds.items()
@@ -428,7 +451,7 @@ def _mapped(path: Path, member: str) -> NDArray[Any]:
         info = archive.getinfo(member)
         with archive.open(info) as stream:
             if info.compress_type != zipfile.ZIP_STORED:
-                if info.file_size > _MOST_COMPRESSED:
+                if info.file_size > _MOST_BYTES:
                     raise ValueError(f"{member} is compressed and too large: save it uncompressed")
                 return np.lib.format.read_array(stream, allow_pickle=False)
             version = np.lib.format.read_magic(stream)
@@ -454,13 +477,14 @@ def _mapped(path: Path, member: str) -> NDArray[Any]:
 def _open_hdf5(path: Path, file: Any) -> Trajectories:
     inside = [n for n in ("states", "parameters", "mask", "lengths") if n in file]
     arrays = {name: dataset(file, name) for name in inside}
-    small = {name: array[()] for name, array in arrays.items() if name != "states"}
-    return _assembled({"states": arrays["states"], **small}, _described(file.attrs["meta"]))
+    return _assembled(arrays, _described(file.attrs["meta"]))
 
 
 def dataset(group: Any, name: str) -> Any:
     """Return a data set that lies in this very file: a foreign file may point at any other."""
     h5py = hdf5()
+    if not isinstance(group, h5py.Group):
+        raise ValueError(f"no group that '{name}' could be in")
     if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
         raise ValueError(f"'{name}' is a link into another file")
     found = group[name]

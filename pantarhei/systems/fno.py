@@ -109,8 +109,8 @@ class SpectralConv(nn.Module):
 class FactorizedFNO(nn.Module):
     """(B, in_ch, *space) to (B, out_ch, *space), one axis transformed at a time.
 
-    Weights of ``layers`` layers are not shared; the pointwise map of a layer has ``factor`` times
-    ``width`` hidden channels.
+    Weights of ``layers`` layers are not shared, nor normalised (the authors' are); the pointwise
+    map of a layer has ``factor`` times ``width`` hidden channels.
 
     >>> FactorizedFNO(3, 1, width=8, modes=4, layers=2)(torch.zeros(1, 3, 16, 12)).shape
     torch.Size([1, 1, 16, 12])

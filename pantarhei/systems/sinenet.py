@@ -68,6 +68,7 @@ class SineNet(nn.Module):
         space: Axes of the grid: 1, 2 or 3.
         checkpoint: Compute a wave's features again in the backward pass instead of keeping them.
         round_to: Widths to multiples of this (tensor cores and AMX like 8); 1: as in the paper.
+        reach: Dilation of the 3-wide convolutions, as :func:`dilated` sets it.
 
     Raises:
         RequestError: For numbers that are not positive, names that are not known, and a budget that
@@ -102,10 +103,12 @@ class SineNet(nn.Module):
         space: int = 2,
         checkpoint: bool = False,
         round_to: int = 1,
+        reach: int = 1,
     ) -> None:
         super().__init__()
         counts = {"in_ch": in_ch, "out_ch": out_ch, "waves": waves, "width": width,
-                  "levels": levels, "blocks": blocks, "round_to": round_to}  # fmt: skip
+                  "levels": levels, "blocks": blocks, "round_to": round_to,
+                  "reach": reach}  # fmt: skip
         if bad := {name: n for name, n in counts.items() if n < 1}:
             raise RequestError(f"SineNet needs positive numbers, not {bad}.")
         borders = (padding,) * space if isinstance(padding, str) else tuple(padding)
@@ -130,7 +133,8 @@ class SineNet(nn.Module):
             mult = 2.0 if param_budget is None else multiplier(in_ch, out_ch, param_budget, **shape)
         self.arguments: dict[str, Any] = {
             "in_ch": in_ch, "out_ch": out_ch, "mult": mult, "padding": padding, "pool": pool,
-            "upsample": upsample, "wave_residual": wave_residual, "checkpoint": checkpoint, **shape,
+            "upsample": upsample, "wave_residual": wave_residual, "checkpoint": checkpoint,
+            "reach": reach, **shape,
         }  # fmt: skip
         self.widths = level_widths(width, mult, levels, round_to)
         self.space, self.levels, self.borders = space, levels, borders
@@ -152,6 +156,12 @@ class SineNet(nn.Module):
             for _ in range(waves)
         )  # fmt: skip
         self.project = convolution(width, out_ch)
+        for module in self.modules():
+            if isinstance(module, _Pad):
+                module.cells = reach
+            elif isinstance(module, _CONV[space]) and module.kernel_size[0] == 3:
+                module.dilation = (reach,) * space
+                module.padding = tuple(reach * n for n in module.padding)
 
     def forward(
         self, x: Tensor, conditions: Tensor | None = None, mask: Tensor | None = None
@@ -380,6 +390,23 @@ def unet(in_ch: int, out_ch: int, **options: Any) -> SineNet:
     return SineNet(in_ch, out_ch, **plain | options)
 
 
+def dilated(net: SineNet, factor: int) -> SineNet:
+    """Return a copy for a grid ``factor`` times as fine: its 3-wide convolutions are dilated.
+
+    The same weights then look as far as they did in training. Fields of the fine grid that the
+    coarse one had not seen are not made better by it than the training allows.
+
+    >>> fine = dilated(SineNet(1, 1, waves=1, width=4, levels=1), 4)
+    >>> fine(torch.zeros(1, 1, 32, 32)).shape
+    torch.Size([1, 1, 32, 32])
+    """
+    if factor < 1:
+        raise RequestError(f"A grid is refined by a whole factor of at least 1, not {factor}.")
+    made = SineNet(**net.arguments | {"reach": factor * net.arguments["reach"]})
+    made.load_state_dict(net.state_dict())
+    return made.train(net.training).to(next(net.parameters()))
+
+
 def sinusoidal(values: Tensor, size: int = _EMBEDDED, period: float = 10_000.0) -> Tensor:
     r"""Return :math:`[\cos(v \omega_i), \sin(v \omega_i)]`, (B, size) of (B,).
 
@@ -406,6 +433,7 @@ def upsampled(x: Tensor, borders: Sequence[Border], kind: str = "bicubic") -> Te
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be part of a graph later
 def _doubling(
     n: int, periodic: bool, kind: str, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -431,21 +459,22 @@ def _doubling(
 
 
 class _Pad(nn.Module):
-    """One cell on each side, of zeros or from across the domain, axis by axis."""
+    """Cells on each side, of zeros or from across the domain, axis by axis."""
 
     def __init__(self, borders: tuple[Border, ...]) -> None:
         super().__init__()
         self.periodic = [n for b in reversed(borders) for n in (int(b == "circular"),) * 2]
-        self.zeros = [1 - n for n in self.periodic]
+        self.cells = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(F.pad(x, self.periodic, "circular"), self.zeros)
+        x = F.pad(x, [self.cells * n for n in self.periodic], "circular")
+        return F.pad(x, [self.cells * (1 - n) for n in self.periodic])
 
 
 def _convolution(inputs: int, outputs: int, borders: tuple[Border, ...]) -> nn.Module:
     kind = _CONV[len(borders)]
-    if len({*borders}) == 1:
-        return kind(inputs, outputs, 3, padding=1, padding_mode=borders[0])
+    if {*borders} == {"zeros"}:
+        return kind(inputs, outputs, 3, padding=1)
     return nn.Sequential(_Pad(borders), kind(inputs, outputs, 3))
 
 

@@ -44,6 +44,9 @@ def test_what_is_saved_is_what_is_opened(tmp_path, suffix, space):
     again = open_trajectories(tmp_path / f"a{suffix}")
     np.testing.assert_array_equal(again.tensor(), states)
     np.testing.assert_array_equal(again.frames(2, 3, 5), states[2, 3:5])
+    if suffix == ".npz":
+        with np.load(tmp_path / "a.npz", allow_pickle=False) as plain:
+            np.testing.assert_array_equal(plain["states"], states)
     for name in ("shape", "channels", "dt", "units", "spacing", "parameter_names", "name"):
         assert getattr(again, name) == getattr(data, name)
     assert again.settings == {"nu": 0.01}
@@ -322,6 +325,41 @@ def test_objects_and_links_are_never_followed(tmp_path):
         file.create_virtual_dataset("states", layout)
     with pytest.raises(RequestError, match="not an array of this file"):
         open_trajectories(tmp_path / "virtual.h5")
+
+
+def test_damage_that_opening_did_not_meet_and_wrong_meta(tmp_path):
+    def torn(case, start, stop):
+        raise OSError("inflate() failed")
+
+    data = Trajectories((2, 3, 1, 4), torn, ("u",), name="flow")
+    with pytest.raises(RequestError, match="case 1 of 'flow' cannot be read"):
+        data.frames(1)
+    place = tmp_path / "case0"
+    place.mkdir()
+    for name in "uv":
+        np.save(place / f"{name}.npy", np.zeros((2, 4, 4), np.float32))
+    (place / "case.json").write_text("[1]")
+    with pytest.raises(RequestError, match="no names with numbers"):
+        layouts.cfdbench(tmp_path)
+    for wrong in ({"dt": "soon"}, {"spacing": ["x"]}, {"channels": 3}, {"version": 9}):
+        meta = {"format": tr.FORMAT, "version": 1, "dt": 1.0, "channels": ["u"]} | wrong
+        content = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+        np.savez(tmp_path / "m.npz", states=np.zeros((1, 2, 1)), meta=content)
+        with pytest.raises(RequestError, match="not the file expected"):
+            open_trajectories(tmp_path / "m.npz")
+
+
+def test_an_hdf5_file_of_another_kind(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["0000"] = np.zeros(3)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["train"] = np.zeros(3)
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["weights"] = np.zeros(3)
+    for name in "abc":
+        with pytest.raises(RequestError, match="not the file expected"):
+            open_trajectories(tmp_path / f"{name}.h5")
 
 
 def test_without_h5py_one_sentence_says_what_to_install(monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from torch import nn
 from pantarhei.data.simulate.translation import Translation
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError
-from pantarhei.rollout import relative_l2
+from pantarhei.rollout import persistence, relative_l2, rollout
 from pantarhei.systems import forecaster as fc
+from pantarhei.systems.fno import FNO
 from pantarhei.systems.forecaster import FieldForecaster, build, warmup_cosine
 from pantarhei.systems.sinenet import SineNet
 
@@ -146,3 +149,21 @@ def test_wrong_requests_are_one_sentence(tmp_path):
     (tmp_path / "a" / "weights.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(RequestError, match="not a saved forecaster"):
         FieldForecaster.load(tmp_path / "a")
+
+
+def test_burgers_of_another_hand_is_forecast_better_than_by_persistence():
+    path = Path(os.environ.get("PANTARHEI_DATA", "../shared/data")) / "pde_small/burgers_16.npz"
+    if not path.exists():
+        pytest.skip("the shared data are not on this machine")
+    with np.load(path, allow_pickle=False) as found:
+        states = np.concatenate([found["train"][:200], found["test"][:50]])[:, :, None]
+    data = Trajectories.of(states, channels=("u",))
+    training, test = range(200), range(200, 250)
+    torch.manual_seed(0)
+    made = FieldForecaster.of(FNO(1, 1, width=16, modes=8, space=1), data, training, history=1)
+    made.train(data, training, steps=300, lr=5e-3, schedule="cosine", device="cpu", quiet=True)
+    ours = made.evaluate(data, test).mean("relative_l2")
+    start, truth = data.tensor(test)[:, :1], data.tensor(test)[:, 1:]
+    stays = rollout(persistence, start, 16, truth=truth, metrics={"l2": relative_l2},
+                    layout="window")  # fmt: skip
+    assert ours < 0.2 * stays.mean("l2")

@@ -11,6 +11,7 @@ from pantarhei.errors import RequestError
 from pantarhei.rollout import forecast_loss, rollout
 from pantarhei.systems.sinenet import (
     SineNet,
+    dilated,
     multiplier,
     parameter_count,
     sinusoidal,
@@ -259,6 +260,35 @@ def test_autocast_and_channels_last(memory):
         rough = net(x)
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "circular", ("zeros", "circular")])
+def test_a_dilated_network_sees_a_finer_grid_as_it_saw_the_coarse_one(padding):
+    net = tiny(padding=padding)
+    fine = dilated(net, 4)
+    for one, other in ((net.lift, fine.lift), (net.project, fine.project)):
+        x = torch.randn(1, 6 if one is net.project else 2, 32, 32)
+        torch.testing.assert_close(other(x)[..., ::4, ::4], one(x[..., ::4, ::4]))
+    x = torch.randn(1, 2, 8, 8)
+    torch.testing.assert_close(dilated(net, 1)(x), net(x))
+    assert dilated(fine, 2).arguments["reach"] == 8
+    with pytest.raises(RequestError, match="whole factor"):
+        dilated(net, 0)
+
+
+def test_it_is_one_graph_for_the_compiler():
+    net = tiny(padding=("zeros", "circular")).eval()
+    x = torch.randn(1, 2, 8, 8)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_inference_before_training_spoils_nothing():
+    net, x = tiny(upsample="bilinear"), torch.randn(1, 2, 20, 12)
+    with torch.inference_mode():
+        net(x)
+    net(x).sum().backward()
+    assert net.lift.weight.grad.isfinite().all()
 
 
 def test_it_runs_forward_and_trains_with_the_librarys_own_loss():

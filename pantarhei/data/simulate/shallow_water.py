@@ -140,6 +140,7 @@ class ShallowWater:
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept may be part of a graph later
 def _spectral(n: int, length: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return i ky, i kx, what the two-thirds rule keeps, and the filter."""
     my = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64)[:, None]

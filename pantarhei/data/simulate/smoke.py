@@ -20,7 +20,6 @@ Axes are (y, x), y upwards. First order in time and, through the bilinear interp
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pantarhei.data.simulate import generators, simulated
+from pantarhei.data.simulate.poisson import solve_neumann
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError
 
@@ -130,7 +130,7 @@ class Smoke:
         # in float64: differences of a pressure in float32 leave a divergence of 1e-3 on 128 cells
         kind = u.dtype
         u, v = F.pad(u.double()[:, :, 1:-1], (1, 1)), F.pad(v.double()[:, 1:-1], (0, 0, 1, 1))
-        p = pressure(divergence(u, v, self.dx), self.dx)
+        p = solve_neumann(divergence(u, v, self.dx), self.dx)
         u = u - F.pad((p[:, :, 1:] - p[:, :, :-1]) / self.dx, (1, 1))
         v = v - F.pad((p[:, 1:] - p[:, :-1]) / self.dx, (0, 0, 1, 1))
         return u.to(kind), v.to(kind)
@@ -167,34 +167,6 @@ class Smoke:
 def divergence(u: Tensor, v: Tensor, dx: float) -> Tensor:
     """Return the flow out of each cell over its area, (B, n, n)."""
     return (u[:, :, 1:] - u[:, :, :-1] + v[:, 1:] - v[:, :-1]) / dx
-
-
-def pressure(source: Tensor, dx: float) -> Tensor:
-    r"""Solve the five-point :math:`\nabla^2 p = \mathrm{source}` with Neumann walls, (B, n, m).
-
-    The mean of the source, for which there is no solution, is left out; p has mean zero.
-    """
-    rows, columns = (_cosines(k, source.dtype, source.device) for k in source.shape[1:])
-    spectrum = rows @ source @ columns.T
-    eigenvalues = _eigenvalues(source.shape[1], dx, source)[:, None] + _eigenvalues(
-        source.shape[2], dx, source
-    )
-    eigenvalues[0, 0] = math.inf
-    return rows.T @ (spectrum / eigenvalues) @ columns
-
-
-def _eigenvalues(n: int, dx: float, like: Tensor) -> Tensor:
-    k = torch.arange(n, dtype=torch.float64)
-    return ((2 * torch.cos(math.pi * k / n) - 2) / dx**2).to(like)
-
-
-@functools.lru_cache(maxsize=8)
-def _cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the orthonormal DCT-II as a matrix: up to some hundred cells faster than an FFT."""
-    k = torch.arange(n, dtype=torch.float64)
-    matrix = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(device, dtype)
 
 
 def _to_centres(face: Tensor, dim: int) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pantarhei.data.simulate.smoke import Smoke, divergence, pressure
+from pantarhei.data.simulate.smoke import Smoke, divergence
 from pantarhei.errors import RequestError
 
 F64 = torch.float64
@@ -16,21 +16,6 @@ F64 = torch.float64
 def at_rest(smoke):
     b, n, _ = smoke.shape
     return smoke, smoke.new_zeros(b, n, n + 1), smoke.new_zeros(b, n + 1, n)
-
-
-def test_the_poisson_solver_equals_a_dense_solve():
-    n, dx = 6, 0.5
-    source = torch.randn(2, n, n, dtype=F64)
-    source -= source.mean((1, 2), keepdim=True)
-    dense = torch.zeros(n * n, n * n, dtype=F64)
-    for i in range(n):
-        for j in range(n):
-            for a, b in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
-                if 0 <= a < n and 0 <= b < n:
-                    dense[i * n + j, a * n + b] += 1 / dx**2
-                    dense[i * n + j, i * n + j] -= 1 / dx**2
-    exact = torch.linalg.lstsq(dense, source.flatten(1).T, driver="gelsd").solution.T
-    torch.testing.assert_close(pressure(source, dx).flatten(1), exact, atol=1e-10, rtol=0)
 
 
 def test_the_flow_has_no_divergence_and_the_walls_hold():
