@@ -91,7 +91,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "models": ("unet", "auto-deeponet"),
         "mixes": (),
         "mix_models": (),
-        "epochs": 20,
+        "epochs": 40,
         "batch_size": 16,
         "lr": 1e-3,
         "schedule": "cosine",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError
@@ -156,7 +156,7 @@ def multi_step(
 
     if model.steps_forward:
         found = rollout(
-            model.step,
+            model if isinstance(model, nn.Module) else model.step,  # modules in evaluation mode
             truth[:, :1],
             steps,
             given=(table, mask),

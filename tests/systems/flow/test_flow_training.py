@@ -129,6 +129,16 @@ def test_what_blows_up_is_counted_and_stops():
     assert limited.rows()[-1]["blown"] > 0 and int(limited.blown_at.max()) > 1
 
 
+def test_a_model_left_in_training_mode_is_tested_with_its_statistics():
+    data = decays()
+    net = Surrogate.of(model("unet", 2), data, [0, 1])
+    calm = multi_step(net.eval(), data, range(5), steps=2).nmse_u, one_step(net, data, [0])
+    net.train()
+    torch.testing.assert_close(multi_step(net, data, range(5), steps=2).nmse_u, calm[0])
+    assert one_step(net, data, [0])[0]["nmse"] == pytest.approx(calm[1][0]["nmse"])
+    assert net.training and net.net.down[0].training
+
+
 def test_divergence_and_walls_are_those_of_known_flows():
     n = 32
     x = (torch.arange(n) + 0.5) / n

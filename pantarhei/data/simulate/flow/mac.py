@@ -112,7 +112,8 @@ class Flow:
         force: Acceleration (fu, fv) at time t (B, 1, 1), anything that adds to u and v, m/s^2.
         dtype: float64 (default) or float32, which holds the divergence to about 1e-4 u/dx.
 
-    Raises :class:`RequestError` when the batch sizes differ or a spacing is not positive.
+    Raises :class:`RequestError` when the batch sizes differ, a spacing is not positive, or the
+    sides are neither closed all around nor an inlet at the left with an outlet at the right.
 
     >>> one = torch.ones(1)
     >>> box = Flow((8, 8), one / 8, one / 8, one / 100, top=Side("wall", 1.0))
@@ -144,6 +145,7 @@ class Flow:
             raise RequestError("spacings are positive and viscosities not negative.")
         if min(shape) < 4:
             raise RequestError(f"a grid of {shape} cells is too small: 4 x 4 at least.")
+        _check_sides(left, right, bottom, top)
         self.shape, self.dtype, self.device = shape, dtype, dx.device
         self.dx, self.dy, self.nu = (a.to(dtype)[:, None, None] for a in (dx, dy, nu))
         # in this order everywhere
@@ -279,3 +281,14 @@ class Flow:
 
     def _line(self, n: int, shift: float) -> Tensor:
         return torch.arange(n, dtype=self.dtype, device=self.device) + shift
+
+
+def _check_sides(left: Side, right: Side, bottom: Side, top: Side) -> None:
+    """Refuse sides through which more would flow in than out."""
+    kinds = [side.kind for side in (left, right, bottom, top)]
+    through = [kind for kind in kinds if kind in ("inlet", "outlet")]
+    if through and (through != ["inlet", "outlet"] or kinds[:2] != ["inlet", "outlet"]):
+        raise RequestError(
+            "fluid flows in at the left and out at the right, or not at all: "
+            f"the sides are {', '.join(kinds)} (left, right, bottom, top)."
+        )

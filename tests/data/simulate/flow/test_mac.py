@@ -157,6 +157,8 @@ def test_adams_bashforth_is_second_order_in_time():
         (lambda: Flow((8, 8), ONE, ONE.expand(2), ONE), "one number for each case"),
         (lambda: Flow((8, 8), -ONE, ONE, ONE), "positive"),
         (lambda: Flow((3, 8), ONE, ONE, ONE), "too small"),
+        (lambda: Flow((8, 8), ONE, ONE, ONE, left=Side("inlet", 1.0)), "out at the right"),
+        (lambda: Flow((8, 8), ONE, ONE, ONE, top=Side("outlet")), "wall, wall, wall, outlet"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(call, sentence):
