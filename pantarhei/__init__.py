@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pantarhei import bayes as bayes
     from pantarhei import claims as claims
     from pantarhei import compute as compute
     from pantarhei import cost as cost
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pantarhei import papers as papers
     from pantarhei import probes as probes
     from pantarhei import runs as runs
+    from pantarhei import systems as systems
     from pantarhei.claims import Claim as Claim
     from pantarhei.claims import ClaimSpec as ClaimSpec
     from pantarhei.claims import Ledger as Ledger
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from pantarhei.rollout import rollout as rollout
 
 _MODULES = (
+    "bayes",
     "claims",
     "compute",
     "cost",
@@ -50,6 +53,7 @@ _MODULES = (
     "probes",
     "rollout",
     "runs",
+    "systems",
 )
 _NAMES = {
     "Claim": "claims",
