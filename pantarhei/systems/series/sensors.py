@@ -87,7 +87,7 @@ def attribute(
     *,
     lead: int,
     of: Literal["mean", "log variance"] = "mean",
-    baseline: Tensor | None = None,
+    start: tuple[Tensor, Tensor, Tensor] | None = None,
     target: int = 0,
     points: int = 64,
 ) -> list[dict[str, Any]]:
@@ -96,16 +96,16 @@ def attribute(
     For the windows ``index``: rows of ``group`` and ``frame`` (0 the last seen, +1 the first to
     come) with the mean ``share`` and mean ``magnitude`` of the contribution, in the target's units
     for the mean (nats for the logarithm of the total variance). Over all rows the shares add up to
-    the mean difference from the forecast at ``baseline``: windows (numbers) whose mean input stands
-    for nothing special, the mean of training unless given.
+    the mean difference from the forecast at the baseline: the mean input of the windows ``start``
+    (past, future, target), a stable operating point, or the mean of training unless given.
     """
     if forecaster.mode != "direct" or lead not in forecaster.leads:
         raise RequestError(f"A direct forecaster of lead {lead} can be asked, not this one.")
     encoder, ensemble = forecaster.encoder, forecaster.ensemble
     x = encoder(*windows.batch(index)[:2])
-    start = torch.zeros(x.shape[1])
-    if baseline is not None:
-        start = encoder(*windows.batch(baseline)[:2]).mean(0)
+    baseline = torch.zeros(x.shape[1])
+    if start is not None:
+        baseline = encoder(*start[:2]).mean(0)
     column = forecaster.leads.index(lead) * len(forecaster.targets.mean) + target
     device = next(ensemble.parameters()).device
     ensemble.eval()
@@ -117,7 +117,7 @@ def attribute(
             return torch.as_tensor(means.mean(0))
         return torch.log(variances.mean(0) + means.var(0, correction=0))
 
-    shares = integrated_gradients(output, x.to(device), start.to(device), points=points).cpu()
+    shares = integrated_gradients(output, x.to(device), baseline.to(device), points=points).cpu()
     if of == "mean":
         shares = shares * float(forecaster.targets.sd[target])
     return [

@@ -153,8 +153,9 @@ def test_attributions_name_sensor_and_frame_and_are_complete(study):
         forecaster.predict_encoded(x).mean[:, 0] - forecaster.predict_encoded(0 * x[:1]).mean[:, 0]
     )
     assert sum(row["share"] for row in rows) == pytest.approx(sd * moved.mean().item(), abs=1e-3)
-    rows = attribute(forecaster, test, index, lead=2, of="log variance", baseline=torch.arange(60))
-    start = forecaster.encoder(*test.batch(torch.arange(60))[:2]).mean(0, keepdim=True)
+    calm = test.batch(torch.arange(60))
+    rows = attribute(forecaster, test, index, lead=2, of="log variance", start=calm)
+    start = forecaster.encoder(*calm[:2]).mean(0, keepdim=True)
     log = [forecaster.predict_encoded(v).variance[:, 1].log().mean().item() for v in (x, start)]
     assert sum(row["share"] for row in rows) == pytest.approx(log[0] - log[1], abs=1e-3)
     with pytest.raises(RequestError, match="lead 7"):
