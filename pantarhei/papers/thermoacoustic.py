@@ -282,6 +282,7 @@ class Study:
             device=self.run.device,
             quiet=self.run.quiet,
             checkpoint=self.run.checkpoint(re.sub(r"\W+", "-", f"{name}-{seed}")),
+            checkpoint_every=10**9,  # each takes seconds: kept when it is done
             label=name,
             **given,
         )

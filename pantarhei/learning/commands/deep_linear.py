@@ -83,8 +83,8 @@ def predict(
 
     Which mode is learned when, the plateaus of the loss, and when to stop.
     """
+    from pantarhei import outcome
     from pantarhei.data.table import read_table
-    from pantarhei.learning import outcome
     from pantarhei.learning.deep_linear import job
 
     outcome.check_out(out)
@@ -133,8 +133,8 @@ def depth_sweep(
     json: Json = False,
 ) -> None:
     """Learning time and best rate against depth, from orthogonal, Gaussian and other weights."""
+    from pantarhei import outcome
     from pantarhei.data.table import read_table
-    from pantarhei.learning import outcome
     from pantarhei.learning.deep_linear import job
 
     outcome.check_out(out)
@@ -172,7 +172,7 @@ def gain_sweep(
     json: Json = False,
 ) -> None:
     """Singular values of a deep network's input-output Jacobian against the gain."""
-    from pantarhei.learning import outcome
+    from pantarhei import outcome
     from pantarhei.learning.deep_linear import job
 
     outcome.check_out(out)

@@ -33,7 +33,7 @@ def analyse(
 ) -> None:
     """Universality class and critical initialisation of activations."""
     from pantarhei.learning.effective_theory import job
-    from pantarhei.learning.outcome import check_out, deliver
+    from pantarhei.outcome import check_out, deliver
 
     check_out(out)
     deliver(job.analyse(activations, gamma), out, json)
@@ -55,7 +55,7 @@ def init(
 ) -> None:
     """Initialise a model critically; print its layers with their SGD rates."""
     from pantarhei.learning.effective_theory import job
-    from pantarhei.learning.outcome import deliver
+    from pantarhei.outcome import deliver
 
     job.check_weights(out)
     deliver(job.init(model, activation, gamma, x2, seed, out), None, json)
@@ -77,7 +77,7 @@ def vertex(
 ) -> None:
     """Finite-width statistics layer by layer: theory, and random networks beside it."""
     from pantarhei.learning.effective_theory import job
-    from pantarhei.learning.outcome import check_out, deliver
+    from pantarhei.outcome import check_out, deliver
 
     check_out(out)
     found = job.vertex(
@@ -99,6 +99,6 @@ def advise(
 ) -> None:
     """Say how wide and deep a network with this activation should be."""
     from pantarhei.learning.effective_theory import job
-    from pantarhei.learning.outcome import deliver
+    from pantarhei.outcome import deliver
 
     deliver(job.advice(activation, outputs, depth, width, gamma, networks, seed, json), None, json)

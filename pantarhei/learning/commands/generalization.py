@@ -60,7 +60,7 @@ def curve(
     json: Json = False,
 ) -> None:
     """Training and test error over time."""
-    from pantarhei.learning import outcome
+    from pantarhei import outcome
     from pantarhei.learning.generalization import job
 
     outcome.check_out(out)
@@ -88,7 +88,7 @@ def stop(
     json: Json = False,
 ) -> None:
     """When to stop a linear model trained by gradient descent."""
-    from pantarhei.learning import outcome
+    from pantarhei import outcome
     from pantarhei.learning.generalization import job
 
     outcome.check_out(out)
@@ -117,7 +117,7 @@ def _sweep(name: str, bounds: bool, summary: str) -> None:
         out: Out = None,
         json: Json = False,
     ) -> None:
-        from pantarhei.learning import outcome
+        from pantarhei import outcome
         from pantarhei.learning.generalization import job
 
         outcome.check_out(out)

@@ -15,7 +15,7 @@ from pantarhei.learning.deep_linear.closed_forms import stability_bound
 from pantarhei.learning.deep_linear.correlations import Correlations, whiten
 from pantarhei.learning.deep_linear.flow import gradient_descent
 from pantarhei.learning.deep_linear.prediction import Prediction, predict, time_to
-from pantarhei.learning.outcome import Outcome
+from pantarhei.outcome import Outcome
 
 if TYPE_CHECKING:
     import torch

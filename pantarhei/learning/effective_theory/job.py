@@ -18,8 +18,8 @@ from pantarhei.learning.effective_theory.training import (
     rates,
     weighted_layers,
 )
-from pantarhei.learning.outcome import Outcome
 from pantarhei.learning.user_code import load_function
+from pantarhei.outcome import Outcome
 from pantarhei.probes.mean_field import Activation, critical_gain, critical_point
 
 if TYPE_CHECKING:

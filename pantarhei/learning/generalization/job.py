@@ -23,7 +23,7 @@ from pantarhei.learning.generalization.theory import (
     test_error,
     train_error,
 )
-from pantarhei.learning.outcome import Outcome
+from pantarhei.outcome import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

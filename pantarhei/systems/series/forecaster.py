@@ -110,7 +110,7 @@ class Forecaster:
         """
         if self.mode == "direct":
             told = [
-                self._unscaled(self.predict_encoded(self.encoder(past, future), correction))
+                self.at(past, future, correction)
                 for past, future, _ in _parts(windows, self.encoder)
             ]
         else:
@@ -123,6 +123,14 @@ class Forecaster:
             torch.cat([getattr(t, name) for t in told], 1) for name in ("means", "variances")
         )
         return Predictive(means, variances, correction)
+
+    def at(self, past: Tensor, future: Tensor, correction: int = 0) -> Predictive:
+        """Forecast directly from a past (B, history, F) and planned controls (B, horizon, C)."""
+        told = self.predict_encoded(self.encoder(past, future), correction)
+        mean, sd = map(torch.from_numpy, (self.targets.mean, self.targets.sd))
+        shape = (*told.means.shape[:2], len(self.leads), len(mean))
+        means, variances = told.means.view(shape), told.variances.view(shape)
+        return Predictive(mean + sd * means, sd**2 * variances, correction)
 
     def predict_encoded(self, x: Tensor, correction: int = 0) -> Predictive:
         """Forecast from encoded inputs (B, D), in standard units of the targets."""
@@ -162,12 +170,6 @@ class Forecaster:
                 history = torch.cat([history[:, 1:], frame], 1)
             yield found.view(members, paths, len(past), windows.horizon, -1)
 
-    def _unscaled(self, told: Predictive) -> Predictive:
-        mean, sd = map(torch.from_numpy, (self.targets.mean, self.targets.sd))
-        shape = (*told.means.shape[:2], len(self.leads), len(mean))
-        means, variances = told.means.view(shape), told.variances.view(shape)
-        return Predictive(mean + sd * means, sd**2 * variances, told.correction)
-
 
 def train_forecaster(
     layout: Layout,
@@ -188,6 +190,7 @@ def train_forecaster(
     all_lags: bool = False,
     together: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
     device: str | torch.device = "auto",
     seed: int = 0,
     quiet: bool = False,
@@ -213,6 +216,7 @@ def train_forecaster(
         all_lags: Show every frame of every input, for a network that reads a sequence.
         together: See :func:`pantarhei.bayes.fit_ensemble`.
         checkpoint: Folder from which a killed training continues.
+        checkpoint_every: Steps between checkpoints, default a tenth of all.
         device, seed, quiet, label: As for ``fit``.
 
     Windows overlap, and are not so many observations: N of the anchors' strength counts those that
@@ -249,6 +253,7 @@ def train_forecaster(
         by_member=(1,) if perturb else (),
         together=together,
         checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
         optimizer=torch.optim.Adam,
         lr=lr,
         schedule="cosine",
@@ -287,8 +292,7 @@ class Stream:
             raise RequestError(
                 f"Planned controls have shape {tuple(future.shape[1:])}: give {wanted}."
             )
-        told = self.forecaster.predict_encoded(encoder(past, future))
-        return self.forecaster._unscaled(told)[0]
+        return self.forecaster.at(past, future)[0]
 
 
 def _feedback(layout: Layout) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""The command lines of the systems' methods; each module holds one typer application, `app`."""
