@@ -469,7 +469,7 @@ class Study:
         paths = self.forecaster("paths", 0, train, groups=simple, mode="autoregressive")
         gru = self.forecaster(
             "gru", 0, train, groups=SETS["all"], leads=s.leads, members=1, anchored=False,
-            all_lags=True, network=recurrent(self.layout, s.history, SETS["all"]),
+            all_lags=True, together=False, network=recurrent(self.layout, s.history, SETS["all"]),
         )  # fmt: skip
         told = {
             "persistence": persistence(train, test, s.leads),

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from pantarhei.papers import load_recipe, thermoacoustic
 from pantarhei.runs import Run, execute, start
 
-pytestmark = pytest.mark.filterwarnings("ignore:members train one by one")
-
 TINY = {
     "train_runs": 3,
     "test_runs": 2,
