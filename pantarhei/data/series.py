@@ -311,6 +311,65 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
+class Decay:
+    r"""The damping rate in 1/s that the envelope of a noise-driven mode shows over ``window`` s.
+
+    A quiet mode forgets as :math:`e^{-|\nu|\tau}`; with the complex envelope z at ``centre`` Hz,
+    means of single periods,
+
+    .. math:: \hat\nu = -\tfrac1\tau \log\bigl|\langle z_t z^*_{t-\tau}\rangle /
+              \langle|z_t|^2\rangle\bigr|, \qquad \tau = \mathrm{lag},
+
+    which falls towards 0 as an instability nears. NaN until there is a whole window. It looks back
+    itself, so one frame of it is seen.
+    """
+
+    channel: str
+    centre: float
+    window: float = 0.3
+    lag: float = 0.01
+    lags: int | None = 1
+    sensor: str = ""
+
+    @property
+    def group(self) -> str:
+        """The sensor."""
+        return self.sensor or self.channel
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One column."""
+        return (f"damping of {self.channel}",)
+
+    def __call__(self, recording: Recording, ends: Array, step: float) -> Array:
+        """Return the rates."""
+        signal = recording[self.channel]
+        rate = _even(signal, self.channel, recording)
+        period = max(1, round(rate / self.centre))
+        count = len(signal.values) // period
+        length, lag = (round(seconds * rate / period) for seconds in (self.window, self.lag))
+        if not 0 < self.centre <= rate / 2 or not 1 <= lag < length:
+            raise RequestError(
+                f"A window of {self.window:g} s and a lag of {self.lag:g} s at {self.centre:g} Hz "
+                f"do not fit a rate of {rate:g} Hz: the lag is a period or more, the window longer."
+            )
+        turn = np.exp(-2j * np.pi * self.centre * np.arange(count * period) / rate)
+        z = (signal.values[: count * period] * turn).reshape(count, period).mean(1)
+        product, power = z[lag:] * z[:-lag].conj(), np.abs(z) ** 2
+        products, powers = (np.concatenate([[0], np.cumsum(x)]) for x in (product, power))
+        stop = np.minimum(signal.count(ends) // period, count)
+        found = np.full((len(ends), 1), np.nan)
+        whole = stop >= length
+        last = stop[whole]
+        shared = products[last - lag] - products[last - length]
+        total = powers[last] - powers[last - length]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.abs(shared) / (length - lag) / (total / length)
+            found[whole, 0] = -np.log(np.clip(ratio, 1e-3, None)) / self.lag
+        return found
+
+
+@dataclass(frozen=True)
 class Product:
     """The mean over a frame of the product of two signals of one rate: the Rayleigh index."""
 

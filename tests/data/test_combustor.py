@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from pantarhei.data.series import Decay, Recording, Signal
 from pantarhei.data.simulate.combustor import combustor, limit_cycle, mode, stationary_moment
 from pantarhei.errors import RequestError
 
@@ -43,6 +44,19 @@ def test_the_quiet_mode_forgets_within_one_over_its_damping(stationary):
         lag = 10 * periods
         found = (p[:, lag:] * p[:, :-lag]).mean() / (p**2).mean()
         assert found == pytest.approx(math.exp(-40 * periods / 1000), abs=0.03)
+
+
+@pytest.mark.parametrize("rate", [-40.0, -10.0])
+def test_the_envelope_tells_the_damping_of_a_quiet_mode(stationary, rate):
+    runs = [Recording("x", {"p": Signal(p, rate=10_000.0)}) for p in stationary[rate][:100]]
+    decay = Decay("p", 1000.0, window=1.5)
+    found = np.concatenate([decay(run, np.array([1.0, 1.55, 1.9]), 0.05) for run in runs])
+    assert np.isnan(found[::3]).all()
+    # a window of T seconds tells nu with a spread of about sqrt(2 nu / T), and nonlinear damping
+    # adds to it where the mode is louder
+    assert np.nanmean(found) == pytest.approx(-rate, rel=0.2)
+    with pytest.raises(RequestError, match="do not fit"):
+        Decay("p", 1000.0, lag=0.5)(runs[0], np.array([1.0]), 0.05)
 
 
 def test_without_noise_it_runs_into_the_limit_cycle_and_grows_exponentially_before():

@@ -40,7 +40,7 @@ def run_figure(
     if limit is not None:
         axes.axhline(limit, color="C3", lw=0.8, ls="--", label="limit")
     axes.set(xlabel="time in s", ylabel=label, title=title, xlim=(t[0], t[-1]))
-    axes.legend(frameon=False, fontsize=8, ncols=3)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=5)
     return figure
 
 
@@ -62,7 +62,8 @@ def lead_figure(
         if key == "coverage":
             axes.axhline(0.95, color="0.5", lw=0.8, ls="--")
         axes.set(xlabel="lead time in s", ylabel=name)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", frameon=False, fontsize=8, ncols=5)
     figure.suptitle(title)
     return figure
 

@@ -183,6 +183,7 @@ def train_forecaster(
     network: Network | None = None,
     anchored: bool = True,
     perturb: float = 0.0,
+    drop: float = 0.0,
     beta: float = 0.0,
     epochs: int = 40,
     batch_size: int = 256,
@@ -210,6 +211,8 @@ def train_forecaster(
         anchored: Hold the members to draws of a prior; otherwise a plain deep ensemble.
         perturb: Standard deviation, in those of the targets, of noise that each member's targets
             get: randomised maximum a posteriori, see :func:`pantarhei.bayes.perturbed`.
+        drop: Chance of every sensor to be missing, in every window of a batch: a network that is to
+            go on when a sensor drops out has to have seen it.
         beta: Of the beta-NLL; 0 is the likelihood.
         epochs: Passes over the windows, with Adam at ``lr`` on a cosine to 0.
         batch_size: Windows to a step, at most an eighth of all.
@@ -240,6 +243,9 @@ def train_forecaster(
     ensemble = Ensemble.of(factory, members, seed=mix(seed, "members"), prior=prior)
     batch_size = min(batch_size, max(1, len(windows) // 8))
     batches = _batches(windows, encoder, targets, leads, batch_size, seed)
+    if not 0 <= drop < 1:
+        raise RequestError(f"The chance that a sensor is missing lies in [0, 1), not at {drop}.")
+    batches = _dropping(batches, encoder, drop, seed) if drop else batches
     draws: Any = batches
     if perturb:
         draws = _perturbed(batches, members, perturb, len(windows), outputs, seed)
@@ -353,6 +359,22 @@ def _batches(
         return (*encoded(index), index)
 
     return lazily
+
+
+def _dropping(
+    batches: Callable[[int], Any], encoder: Encoder, drop: float, seed: int
+) -> Callable[[int], Any]:
+    """Take sensors out of encoded windows at random, and mark them."""
+
+    def drawn(n: int) -> Any:
+        x, *rest = batches(n)
+        generator = torch.Generator().manual_seed(mix(seed, "drop", n))
+        gone = torch.rand(len(x), encoder.share.shape[1], generator=generator) < drop
+        cells = (gone.float() @ encoder.share.T) > 0
+        values, marks = x.split(encoder.share.shape, 1)
+        return torch.cat([values * ~cells, torch.where(gone, 1.0, marks)], 1), *rest
+
+    return drawn
 
 
 def _perturbed(

@@ -171,3 +171,21 @@ def test_a_sensor_that_drops_out_raises_the_doubt(study):
     dropped = Windows([Frames("x", frames.times, gone, frames.controls, frames.targets)], 2, 2)
     before, after = (forecaster.forecast(w).epistemic.mean() for w in (test, dropped))
     assert torch.isfinite(after) and after > 2 * before
+
+
+def test_a_network_that_has_seen_sensors_drop_goes_on_without_them(study):
+    layout, train, test = study
+    y, frames = test.tensors()[2][:, 0], test.frames[0]
+    gone = frames.inputs.copy()
+    gone[:, 1] = np.nan
+    dropped = Windows([Frames("x", frames.times, gone, frames.controls, frames.targets)], 2, 2)
+    found = {}
+    for drop in (0.0, 0.3):
+        forecaster = train_forecaster(layout, train, leads=(1,), drop=drop, **FAST)
+        found[drop] = [score(forecaster.forecast(w)[:, 0], y) for w in (test, dropped)]
+    # without z the best there is has the spread of z, and must say so
+    assert 0.8 < found[0.3][1]["z_sd"] < min(1.6, 0.6 * found[0.0][1]["z_sd"])
+    assert found[0.3][1]["nll"] < found[0.0][1]["nll"] - 0.5
+    assert found[0.3][0]["rmse"] < 0.6 * found[0.3][1]["rmse"]
+    with pytest.raises(RequestError, match="chance"):
+        train_forecaster(layout, train, drop=1.0, **FAST)
