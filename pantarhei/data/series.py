@@ -370,6 +370,38 @@ class Decay:
 
 
 @dataclass(frozen=True)
+class Raw:
+    """The last ``samples`` samples as they are, for a network that reads the signal itself.
+
+    NaN until there are so many. They are seen of the last frame alone.
+    """
+
+    channel: str
+    samples: int
+    lags: int | None = 1
+    sensor: str = ""
+
+    @property
+    def group(self) -> str:
+        """The sensor."""
+        return self.sensor or self.channel
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One column for each sample, the oldest first."""
+        return tuple(f"{self.channel}[{i}]" for i in range(-self.samples, 0))
+
+    def __call__(self, recording: Recording, ends: Array, step: float) -> Array:
+        """Return the samples."""
+        signal = recording[self.channel]
+        stop = signal.count(ends)
+        found = np.full((len(ends), self.samples), np.nan)
+        whole = stop >= self.samples
+        found[whole] = signal.values[stop[whole, None] + np.arange(-self.samples, 0)]
+        return found
+
+
+@dataclass(frozen=True)
 class Product:
     """The mean over a frame of the product of two signals of one rate: the Rayleigh index."""
 

@@ -126,6 +126,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sizes": (2, 4),
         "limit": 5.0,
         "gradient_windows": 100,
+        "raw_samples": 0,
     },
     "cpu": {
         "train_runs": 40,
@@ -144,6 +145,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sizes": (4, 8, 24),
         "limit": 5.0,
         "gradient_windows": 400,
+        "raw_samples": 0,
     },
     "gpu": {
         "train_runs": 150,
@@ -162,11 +164,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sizes": (4, 8, 24, 100),
         "limit": 5.0,
         "gradient_windows": 1000,
+        "raw_samples": 1024,  # of p, read by convolutions
     },
 }
 
 STEP = 0.05  # s: a frame
 AHEAD = 10  # frames: the 500 ms of the paper
+RAW = "p as it is"
 COMMANDS = ("pressure_set", "mixture_set")
 SLOW = ("pressure", "mixture", "temperature")
 PRESSURE = ("p history", "p spectrum")
@@ -214,9 +218,12 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return sum(float(row[key]) for row in rows) / len(rows)
 
 
-def layout_of(f0: float) -> Layout:
-    """Return what is seen of the combustor: frames of 50 ms, spectra of the last 300 ms."""
-    from pantarhei.data.series import Amplitude, Last, Layout, Mean, Product, Spectrum
+def layout_of(f0: float, raw_samples: int = 0) -> Layout:
+    """Return what is seen of the combustor: frames of 50 ms, spectra of the last 300 ms.
+
+    With ``raw_samples`` the last samples of the pressure are seen as they are, too.
+    """
+    from pantarhei.data.series import Amplitude, Last, Layout, Mean, Product, Raw, Spectrum
 
     amplitude = Amplitude("p", sensor="p history")
     return Layout(
@@ -228,6 +235,7 @@ def layout_of(f0: float) -> Layout:
             Amplitude("light", sensor="OH* history"),
             Spectrum("light", f0, sensor="OH* spectrum"),
             Product("p", "light", sensor="p x OH*"),
+            *((Raw("p", raw_samples, sensor=RAW),) if raw_samples else ()),
         ),
         controls=tuple(Last(name) for name in COMMANDS),
         targets=(amplitude,),
@@ -253,7 +261,7 @@ class Study:
 
         s = run.settings
         run.log(f"Simulating {s.train_runs + s.test_runs} runs of {s.run_seconds:g} s.")
-        layout = layout_of(s.f0)
+        layout = layout_of(s.f0, s.raw_samples)
         made = combustor(s.train_runs + s.test_runs, s.run_seconds, run.seed, f0=s.f0)
         frames = layout.all_frames(made.recordings)
         train, test = (
@@ -267,6 +275,8 @@ class Study:
         from pantarhei.systems.series import train_forecaster
 
         s = self.run.settings
+        if s.raw_samples and set(options.get("groups", ())) >= set(SETS["all"]):
+            options = self._reading(options)
         given = {
             "members": s.members,
             "hidden": s.hidden,
@@ -286,6 +296,17 @@ class Study:
             label=name,
             **given,
         )
+
+    def _reading(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Let a network that sees everything read the raw pressure, by convolutions."""
+        from pantarhei.systems.series import convolutional
+
+        groups = (*options["groups"], RAW)
+        if "network" in options:  # the GRU reads frames
+            return options
+        s, raw = self.run.settings, self.layout.inputs[-1]
+        network = convolutional(self.layout, s.history, raw, groups, s.hidden)
+        return {**options, "groups": groups, "network": network}
 
     def full(self, seed: int) -> Forecaster:
         """Return the forecaster that sees everything; a second call reads what the first kept."""
@@ -536,7 +557,7 @@ class Study:
                     start=start,
                 )
                 total = sum(row["magnitude"] for row in shares)
-                for group in SETS["all"]:
+                for group in dict.fromkeys(row["group"] for row in shares):
                     own = [row for row in shares if row["group"] == group]
                     size = sum(row["magnitude"] for row in own)
                     rows.append(

@@ -15,6 +15,7 @@ from pantarhei.data.series import (
     Layout,
     Mean,
     Product,
+    Raw,
     Recording,
     Scaler,
     Signal,
@@ -110,6 +111,13 @@ def test_the_spectrum_finds_a_sine_and_a_dead_sensor_reads_its_floor():
         spectrum(uneven, np.array([1.9]), 0.1)
     with pytest.raises(RequestError, match="stay below half"):
         Amplitude("p", band=(1.0, 600.0))(wave, np.array([1.9]), 0.1)
+
+
+def test_raw_samples_are_the_last_ones():
+    run = Recording("r", {"p": Signal(np.arange(20.0), rate=10.0)})
+    found = Raw("p", 4)(run, np.array([0.2, 0.3, 1.05]), 0.1)
+    assert np.isnan(found[0]).all() and found[1:].tolist() == [[0, 1, 2, 3], [7, 8, 9, 10]]
+    assert Raw("p", 2).names == ("p[-2]", "p[-1]")
 
 
 @pytest.mark.parametrize("cut", [1.234, 2.7])

@@ -31,9 +31,10 @@ TINY = {
 }
 
 
-def tiny(folder, resume=False):
+def tiny(folder, resume=False, **changes):
     recipe = load_recipe("thermoacoustic")
-    return start(recipe, out=folder, device="cpu", quiet=True, changes=TINY, resume=resume)
+    changes = {**TINY, **changes}
+    return start(recipe, out=folder, device="cpu", quiet=True, changes=changes, resume=resume)
 
 
 def rows_of(folder, name):
@@ -116,6 +117,15 @@ def test_an_interrupted_run_continues_to_the_same_tables(tmp_path, finished, mon
     assert [c.measured for c in again.claims] == [c.measured for c in finished.claims]
     for name in ("sensors.csv", "failures.csv", "lead-times.csv", "few-runs.csv"):
         assert (again.dir / name).read_text() == (finished.dir / name).read_text()
+
+
+def test_the_full_network_can_read_the_raw_pressure(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "figure", lambda *_: None)
+    with tiny(tmp_path / "run", raw_samples=64, seeds=1, sizes=(2,)) as run:
+        found = execute(run)
+    assert all(math.isfinite(claim.measured) for claim in found.claims)
+    read = [r for r in rows_of(found.dir, "gradients") if r["group"] == thermoacoustic.RAW]
+    assert len(read) == 2 * 2 and all(float(row["magnitude"]) > 0 for row in read)
 
 
 def test_the_recipe_is_read_without_torch():

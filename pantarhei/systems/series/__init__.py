@@ -3,7 +3,12 @@
 from pantarhei.systems.series.alarms import alarm_table, event_leads, onset_auc, onsets
 from pantarhei.systems.series.baselines import linear, persistence, recurrent
 from pantarhei.systems.series.encoder import Encoder
-from pantarhei.systems.series.forecaster import Forecaster, Stream, train_forecaster
+from pantarhei.systems.series.forecaster import (
+    Forecaster,
+    Stream,
+    convolutional,
+    train_forecaster,
+)
 from pantarhei.systems.series.scoring import bootstrap_by_run, lead_curve, score
 from pantarhei.systems.series.sensors import ablate, attribute, break_sensor
 
@@ -16,6 +21,7 @@ __all__ = [
     "attribute",
     "bootstrap_by_run",
     "break_sensor",
+    "convolutional",
     "event_leads",
     "lead_curve",
     "linear",

@@ -36,7 +36,7 @@ from pantarhei.bayes import (
     gaussian_loss,
     perturbed,
 )
-from pantarhei.data.series import Layout, Scaler, Windows
+from pantarhei.data.series import Feature, Layout, Scaler, Windows
 from pantarhei.errors import RequestError
 from pantarhei.fit import Batches
 from pantarhei.systems.series.encoder import Encoder
@@ -74,10 +74,66 @@ class Perceptron(nn.Module):
         targets' own size (chosen on simulated runs that no recipe tests on).
         """
         prior = Prior.fan_in(model, first=1.0)
-        if not isinstance(model, Perceptron):
-            return prior
-        line = 1 / math.sqrt(model.line.in_features)
-        return replace(prior, sd={**prior.sd, "line.weight": line})
+        lines = {
+            f"{name}.line.weight".lstrip("."): 1 / math.sqrt(module.line.in_features)
+            for name, module in model.named_modules()
+            if isinstance(module, Perceptron)
+        }
+        return replace(prior, sd={**prior.sd, **lines})
+
+
+class _Convolutional(nn.Module):
+    """A stack of convolutions reads some of the inputs as a signal; its means join the others."""
+
+    def __init__(self, signal: slice, inputs: int, outputs: int, hidden: Sequence[int], width: int):
+        super().__init__()
+        self.signal = signal
+        self.reads = nn.Sequential(
+            nn.Conv1d(1, width, 16, stride=4),
+            nn.Tanh(),
+            nn.Conv1d(width, width, 8, stride=4),
+            nn.Tanh(),
+        )
+        rest = inputs - (signal.stop - signal.start)
+        self.told = Perceptron(rest + 2 * width, outputs, hidden)
+
+    def forward(self, x: Tensor) -> Gaussian:
+        read = self.reads(x[:, None, self.signal])
+        # a mode's loudness is in the squares: its phase is chance
+        seen = torch.cat([read.mean(2), (read**2).mean(2)], 1)
+        rest = torch.cat([x[:, : self.signal.start], x[:, self.signal.stop :]], 1)
+        told: Gaussian = self.told(torch.cat([rest, seen], 1))
+        return told
+
+
+def convolutional(
+    layout: Layout,
+    history: int,
+    raw: Feature,
+    groups: Sequence[str] | None = None,
+    hidden: Sequence[int] = (32, 32),
+    width: int = 16,
+) -> Network:
+    """Return a network for ``train_forecaster``: convolutions over the samples of ``raw``.
+
+    ``raw`` is a feature of the layout's inputs such as ``Raw("p", 1024)``, of which the last frame
+    is seen; ``history`` and ``groups`` are those of the training.
+
+    Raises :class:`RequestError` where it is not among the inputs, or has fewer than 64 samples.
+    """
+    if raw not in layout.inputs or (groups is not None and raw.group not in groups):
+        raise RequestError(f"'{raw.group}' is not among the inputs: add the feature to the layout.")
+    if raw.lags != 1 or len(raw.names) < 64:
+        raise RequestError("Convolutions read one frame of 64 samples or more.")
+    owned = [(f, f.group) for f in layout.inputs for _ in f.names]
+    chosen = np.array([groups is None or group in groups for _, group in owned])
+    kept = layout.seen(history) & chosen
+    place = np.flatnonzero(kept.ravel())
+    own = np.zeros_like(kept)
+    own[-1] = [feature == raw for feature, _ in owned]
+    start = int(np.searchsorted(place, np.flatnonzero(own.ravel())[0]))
+    signal = slice(start, start + len(raw.names))
+    return lambda inputs, outputs: _Convolutional(signal, inputs, outputs, hidden, width)
 
 
 @dataclass(frozen=True)

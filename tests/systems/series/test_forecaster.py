@@ -9,12 +9,13 @@ from torch import nn
 
 from pantarhei.bayes import Ensemble
 from pantarhei.bayes.gaussian import Gaussian
-from pantarhei.data.series import Frames, Last, Layout, Recording, Scaler, Signal, Windows
+from pantarhei.data.series import Frames, Last, Layout, Raw, Recording, Scaler, Signal, Windows
 from pantarhei.errors import RequestError
 from pantarhei.systems.series import (
     Encoder,
     Forecaster,
     Stream,
+    convolutional,
     lead_curve,
     linear,
     persistence,
@@ -248,3 +249,32 @@ def test_leads_and_windows_that_do_not_fit_are_refused(data, trained):
             train_forecaster(LAYOUT, data[0], leads=leads, **FAST)
     with pytest.raises(RequestError, match="looks 3 frames back"):
         trained.forecast(Windows(data[1].frames, 5, 4))
+
+
+def test_convolutions_read_how_loud_a_raw_signal_is():
+    """The next value is the loudness of the signal, of which no single sample tells."""
+    rng = np.random.default_rng(0)
+    raw = Raw("p", 64)
+    layout = Layout(1.0, inputs=(Last("w"), raw, Last("y")), targets=(Last("y"),))
+    frames = []
+    for r in range(3):
+        loud = rng.uniform(0.2, 2, 150)
+        p = np.repeat(loud, 64) * np.sin(np.arange(150 * 64) * 1.3 + rng.uniform(0, 6))
+        y, w = np.r_[0, loud[:-1]], rng.normal(size=150)
+        signals = {"p": Signal(p, rate=64.0, start=-1 + 1 / 64), "y": Signal(y, rate=1.0)}
+        signals["w"] = Signal(w, rate=1.0)
+        frames.append(layout.frames(Recording(f"{r}", signals)))
+    train, test = Windows(frames[:2], 2, 1), Windows(frames[2:], 2, 1)
+    y = test.tensors()[2][:, 0]
+    found = {}
+    for name, network in (("conv", convolutional(layout, 2, raw, hidden=(8,))), ("mlp", None)):
+        one = train_forecaster(layout, train, network=network, **{**FAST, "epochs": 60})
+        found[name] = score(one.forecast(test)[:, 0], y)["rmse"]
+    assert found["conv"] < 0.15 and found["conv"] < 0.5 * found["mlp"]
+    x = torch.zeros(1, len(Encoder.of(layout, train)))
+    x[0, convolutional(layout, 2, raw)(x.shape[1], 1).signal] = 1.0
+    owners = Encoder.of(layout, train).owners
+    assert {owners[i] for i in torch.nonzero(x[0])[:, 0]} == {("p", 0)}
+    for bad, reason in ((Raw("q", 64), "not among the inputs"), (Last("w"), "64 samples")):
+        with pytest.raises(RequestError, match=reason):
+            convolutional(layout, 2, bad)
