@@ -404,7 +404,8 @@ def train(
                 "rate": rate,
                 "accuracy": accuracy,
                 "gradient_ratio": ratio,
-                "uneven": max(ratio, 1 / ratio),
+                # in float32 the error signal of a start far below criticality is zero in the end
+                "uneven": max(ratio, 1 / ratio) if ratio else math.inf,
                 "weight_gradient_ratio": weights,
             }
             for rate, accuracy in zip(settings.rates, reached[same].tolist(), strict=True)

@@ -237,6 +237,16 @@ def test_training_starts_from_critical_and_usual_weights(tmp_path):
     assert all(0 <= row["accuracy"] <= 1 and row["uneven"] >= 1 for row in rows)
 
 
+def test_an_error_signal_that_vanishes_is_uneven_without_bound(tmp_path):
+    changes = {"steps": 1, "train_depth": 300, "train_width": 4, "rates": (0.01,)}
+    recipe = load_recipe("pdlt")
+    with start(recipe, out=tmp_path / "r", device="cpu", quiet=True, changes=changes) as run:
+        x, y = pdlt.digits(run)
+        generator = torch.Generator().manual_seed(0)
+        rows = pdlt.train_around_criticality(run, "gelu", x, y, generator)
+    assert {row["start"]: row["uneven"] for row in rows}["PyTorch's default"] == np.inf
+
+
 def test_digits_are_standardised_as_the_theory_asks(tmp_path):
     with start(load_recipe("pdlt"), out=tmp_path / "r", device="cpu", quiet=True) as run:
         x, y = pdlt.digits(run)
