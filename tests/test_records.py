@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +85,10 @@ def test_a_file_that_is_no_record_adds_nothing(ledger, tmp_path, change, sentenc
     assert other.latest() == []
     with pytest.raises(RequestError, match="holds no records"):
         import_records(other, tmp_path / "nowhere")
+
+
+def test_results_md_is_what_the_records_say(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    made = Ledger(tmp_path / "ledger.sqlite")
+    assert import_records(made, root / "evidence") > 0
+    assert results_markdown(made) == (root / "RESULTS.md").read_text("utf-8")
