@@ -141,19 +141,26 @@ class Feature(Protocol):
         """Return the columns of the frames that end at ``ends`` and last ``step`` seconds."""
 
 
+class _OfOneChannel:
+    """What features of one channel have in common: the sensor that they are a part of."""
+
+    channel: str
+    sensor: str
+
+    @property
+    def group(self) -> str:
+        """The sensor."""
+        return self.sensor or self.channel
+
+
 @dataclass(frozen=True)
-class Last:
+class Last(_OfOneChannel):
     """The last sample that is not missing, no more than ``hold`` seconds old; otherwise NaN."""
 
     channel: str
     hold: float = math.inf
     lags: int | None = None
     sensor: str = ""
-
-    @property
-    def group(self) -> str:
-        """The sensor."""
-        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,17 +183,12 @@ class Last:
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(_OfOneChannel):
     """The mean of a frame's samples, NaN where it has none."""
 
     channel: str
     lags: int | None = None
     sensor: str = ""
-
-    @property
-    def group(self) -> str:
-        """The sensor."""
-        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -200,7 +202,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Amplitude:
+class Amplitude(_OfOneChannel):
     r"""The amplitude :math:`a=\sqrt{2\,\overline{x^2}}` of an oscillation over a frame.
 
     With ``log`` its logarithm. ``band`` (low, high) in Hz filters before, causally (Butterworth of
@@ -214,11 +216,6 @@ class Amplitude:
     floor: float = 1e-2
     lags: int | None = None
     sensor: str = ""
-
-    @property
-    def group(self) -> str:
-        """The sensor."""
-        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -244,7 +241,7 @@ class Amplitude:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(_OfOneChannel):
     r"""Log power in ``bins`` bands of ``width`` Hz around ``centre``, over the last ``window`` s.
 
     Periodogram with a Hann window, normalised so that a sine of amplitude a has the power
@@ -260,11 +257,6 @@ class Spectrum:
     floor: float = 1e-2
     lags: int | None = 1
     sensor: str = ""
-
-    @property
-    def group(self) -> str:
-        """The sensor."""
-        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -311,7 +303,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
-class Decay:
+class Decay(_OfOneChannel):
     r"""The damping rate in 1/s that the envelope of a noise-driven mode shows over ``window`` s.
 
     A quiet mode forgets as :math:`e^{-|\nu|\tau}`; with the complex envelope z at ``centre`` Hz,
@@ -330,11 +322,6 @@ class Decay:
     lag: float = 0.01
     lags: int | None = 1
     sensor: str = ""
-
-    @property
-    def group(self) -> str:
-        """The sensor."""
-        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -370,7 +357,7 @@ class Decay:
 
 
 @dataclass(frozen=True)
-class Raw:
+class Raw(_OfOneChannel):
     """The last ``samples`` samples as they are, for a network that reads the signal itself.
 
     NaN until there are so many. They are seen of the last frame alone.
@@ -380,11 +367,6 @@ class Raw:
     samples: int
     lags: int | None = 1
     sensor: str = ""
-
-    @property
-    def group(self) -> str:
-        """The sensor."""
-        return self.sensor or self.channel
 
     @property
     def names(self) -> tuple[str, ...]:
