@@ -549,8 +549,14 @@ def _check_together(
         raise RequestError("patience needs best='max' or best='min': say what is better.")
 
 
-def _fabric(device: str | torch.device, precision: str, strategy: str | Strategy) -> Fabric:
-    """Set up Fabric on one device, or on those that torchrun gave to this process's group."""
+def chosen_device(device: str | torch.device) -> torch.device:
+    """Return the device meant: ``"auto"`` is CUDA where there is one.
+
+    Raises :class:`RequestError` for one that is unknown or not there.
+
+    >>> chosen_device("cpu")
+    device(type='cpu')
+    """
     try:
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         where = where if device == "auto" else torch.device(device)
@@ -561,6 +567,12 @@ def _fabric(device: str | torch.device, precision: str, strategy: str | Strategy
             f"device='{device}' but PyTorch sees no CUDA device: use device='cpu', or install a "
             "CUDA build of PyTorch."
         )
+    return where
+
+
+def _fabric(device: str | torch.device, precision: str, strategy: str | Strategy) -> Fabric:
+    """Set up Fabric on one device, or on those that torchrun gave to this process's group."""
+    where = chosen_device(device)
     here, nodes = 1, 1
     if TorchElasticEnvironment.detect() and "LOCAL_WORLD_SIZE" in os.environ:
         here = int(os.environ["LOCAL_WORLD_SIZE"])

@@ -22,7 +22,7 @@ from pantarhei.data.trajectories import Trajectories
 from pantarhei.data.windows import Statistics, Windows
 from pantarhei.errors import RequestError, nearest
 from pantarhei.files import atomic, read_json, write_json
-from pantarhei.fit import Fit, fit
+from pantarhei.fit import Fit, chosen_device, fit
 from pantarhei.rollout import Forecast, Metric, correlation, forecast_loss, relative_l2, rollout
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ class FieldForecaster:
         checked ``validate_every`` steps (ten times unless given). ``in_memory`` as for
         :class:`~pantarhei.data.windows.Windows`; further options are ``fit``'s.
         """
-        where = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
+        where = chosen_device(device)
         windows = Windows(
             data,
             training,

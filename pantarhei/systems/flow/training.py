@@ -12,7 +12,7 @@ from torch import Tensor
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.data.windows import Windows
 from pantarhei.errors import RequestError
-from pantarhei.fit import Batches, Fit, fit
+from pantarhei.fit import Batches, Fit, chosen_device, fit
 from pantarhei.rollout import forecast_loss
 from pantarhei.systems.flow.evaluation import mean, one_step
 from pantarhei.systems.flow.surrogate import Surrogate
@@ -79,7 +79,7 @@ def train(
             "a model that answers for a time takes no step: horizon, pushforward and noise are "
             "for the others."
         )
-    where = _device(device)
+    where = chosen_device(device)
     surrogate.to(where)
     batches: Callable[[int], Any]
     if surrogate.steps_forward:
@@ -213,9 +213,3 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     rows, columns = (torch.randint(n, (count,), device=device) for n in grid)
     return rows, columns
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
