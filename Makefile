@@ -13,6 +13,7 @@ GPU     := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 
 demo: .venv/.core
 	$(BIN)/pantarhei run rbqe --scale quick || test $$? -eq 1  # 1: a claim does not hold, a finding
+	@echo "Read on: $(BIN)/pantarhei serve shows every paper and what was measured, in the browser."
 
 test: .venv/.dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -26,7 +27,7 @@ clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/.core: .venv/.torch pyproject.toml constraints.txt
-	$(PIP) --editable .
+	$(PIP) --editable '.[feed]'
 	@touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml constraints.txt

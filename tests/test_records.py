@@ -90,5 +90,5 @@ def test_a_file_that_is_no_record_adds_nothing(ledger, tmp_path, change, sentenc
 def test_results_md_is_what_the_records_say(tmp_path):
     root = Path(__file__).resolve().parent.parent
     made = Ledger(tmp_path / "ledger.sqlite")
-    assert import_records(made, root / "evidence") > 0
+    assert import_records(made, root / "pantarhei/papers/evidence") > 0
     assert results_markdown(made) == (root / "RESULTS.md").read_text("utf-8")
