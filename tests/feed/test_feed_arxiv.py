@@ -18,6 +18,7 @@ OUTSIDE = b"""<!DOCTYPE feed [<!ENTITY x SYSTEM "file:///etc/passwd">]>
 def server(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(arxiv, "PAGE", 10)
     with Arxiv().running() as running:
         monkeypatch.setenv("PANTARHEI_ARXIV_API", running.url + "/api/query")
         yield running
@@ -133,9 +134,9 @@ def test_an_identifier_that_arxiv_does_not_have_is_named(server, fetcher):
         arxiv.by_identifier(fetcher, ["2601.05001", "2601.05002", "2601.05003"])
 
 
-def harvest(fetcher, since="202601010000", until="202601312359", page=10):
+def harvest(fetcher, since="202601010000", until="202601312359"):
     found, there = [], None
-    for answer, there in arxiv.pages(fetcher, "cs.LG", arxiv.Place(since), until, page):  # noqa: B007
+    for answer, there in arxiv.pages(fetcher, "cs.LG", arxiv.Place(since), until):  # noqa: B007
         found += [entry.arxiv for entry in answer.entries]
     assert there is None
     return found

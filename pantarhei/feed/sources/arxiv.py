@@ -89,7 +89,7 @@ def by_identifier(fetcher: Fetcher, identifiers: Sequence[str]) -> list[Entry]:
 
 
 def pages(
-    fetcher: Fetcher, category: str, place: Place, until: str, page: int = PAGE
+    fetcher: Fetcher, category: str, place: Place, until: str
 ) -> Iterator[tuple[Answer, Place | None]]:
     """Yield the papers of ``category`` submitted from ``place`` to ``until``, oldest first.
 
@@ -99,7 +99,7 @@ def pages(
     """
     here: Place | None = place
     while here is not None:
-        asked, whole = _query(category, here, until, page), partial(_read_page, skip=here.skip)
+        asked, whole = _query(category, here, until), partial(_read_page, skip=here.skip)
         answer = fetcher.get(_address(), asked, whole)
         if here.skip + answer.count >= answer.total:
             there = None
@@ -121,13 +121,13 @@ def _read_page(data: bytes, skip: int) -> Answer:
     return answer
 
 
-def _query(category: str, place: Place, until: str, page: int) -> dict[str, str]:
+def _query(category: str, place: Place, until: str) -> dict[str, str]:
     return {
         "search_query": f"cat:{category} AND submittedDate:[{place.since} TO {until}]",
         "sortBy": "submittedDate",
         "sortOrder": "ascending",
         "start": str(place.skip),
-        "max_results": str(page),
+        "max_results": str(PAGE),
     }
 
 

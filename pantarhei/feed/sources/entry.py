@@ -88,6 +88,7 @@ class Entry:
         names = tuple(name for name in map(line, authors) if name)
         title, summary = line(title), paragraphs(summary)
         identifier, version = arxiv_identifier(arxiv) if arxiv and arxiv.strip() else (None, 0)
+        kinds = [*dict.fromkeys(c for c in categories if _CATEGORY.fullmatch(c) and len(c) < 25)]
         key = (identifier or plain_key(key or title)).replace("/", "-")
         for is_wrong, fault in (
             (not title, "has no title"),
@@ -97,6 +98,10 @@ class Entry:
             (any(len(n) > MAX_NAME for n in names), f"has an author of over {MAX_NAME} characters"),
             (len(summary) > MAX_SUMMARY, f"has an abstract of over {MAX_SUMMARY} characters"),
             (not key, "has no key that could stand in an address"),
+            (
+                not identifier and _is_arxivs(key),
+                f"has the key '{key}' and no arXiv identifier: such keys are for arXiv's papers",
+            ),
         ):
             if is_wrong:
                 raise ValueError(fault)
@@ -110,7 +115,7 @@ class Entry:
             arxiv=identifier,
             doi=_doi(doi) if doi and doi.strip() else None,
             code=web_address(code) if code and code.strip() else None,
-            categories=" ".join(dict.fromkeys(c for c in categories if _CATEGORY.fullmatch(c))),
+            categories=" ".join(kinds[:20]),
             version=version,
         )
 
@@ -179,6 +184,11 @@ def arxiv_identifier(text: str) -> tuple[str, int]:
     return identifier, int(found["version"] or 0)
 
 
+def _is_arxivs(key: str) -> bool:
+    archive, _, number = key.rpartition("-")
+    return any(map(_ARXIV.fullmatch, (key, f"{archive}/{number}")))
+
+
 def plain_key(text: str) -> str:
     """Reduce ``text`` to what may stand in an address: ASCII letters, digits, ``.``, ``_``, ``-``.
 
@@ -219,7 +229,7 @@ def web_address(text: str) -> str:
         fine = parts.scheme.lower() in ("http", "https") and bool(parts.hostname)
     except ValueError:
         fine = False
-    if not fine or " " in text or len(text) > 2_000 or any(c in text for c in "<>\"'`\\"):
+    if not fine or " " in text or len(text) > 500 or any(c in text for c in "<>\"'`\\"):
         raise ValueError(f"has '{text[:60]}', which is no http or https address")
     return text
 
