@@ -137,7 +137,8 @@ class Arxiv:
 
     def __init__(self, page: int = 2) -> None:
         self.papers: list[Paper] = []
-        self.page = page  # of OAI-PMH
+        self.page = page  # of OAI-PMH; the API sends no more than
+        self.api_page = 2_000
         self.faults: list[Reply | None] = []  # None: the proper answer
         self.requests: list[dict[str, str]] = []
         self.headers: list[dict[str, str]] = []
@@ -213,6 +214,7 @@ class Arxiv:
 
     def _api(self, asked: dict[str, str]) -> bytes:
         start, most = int(asked.get("start", 0)), int(asked.get("max_results", 10))
+        most = min(most, self.api_page)
         if "id_list" in asked:
             found = [p for i in asked["id_list"].split(",") for p in self.papers if p.id == i]
         else:
