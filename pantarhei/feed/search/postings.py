@@ -17,9 +17,12 @@ f how often d holds w, a title's word counting eight times (:data:`pantarhei.fee
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -324,7 +327,8 @@ def _merged(base: Postings, more: _Count) -> Postings:
     known = {word: numbers[number] for word, number in more.words.items()}
     return Postings(
         facts, starts, rows, counts, _gains(facts, rows, counts), more.stems, more.words,
-        np.concatenate(more.stem_of), papers_with, Vocabulary(known, int(facts.alive.sum())),
+        np.concatenate(more.stem_of), papers_with,
+        Vocabulary(known, int(facts.alive.sum()), more.stems),
     )  # fmt: skip
 
 
@@ -334,3 +338,38 @@ def _gains(facts: Facts, rows: Integers, counts: Integers) -> NDArray[np.float32
     slow = (_K * (1 - _B + _B * facts.lengths / max(mean, 1.0))).astype(np.float32)
     f = counts.astype(np.float32)
     return f * np.float32(_K + 1) / (f + slow[rows])
+
+
+_ARRAYS = ("starts", "rows", "counts", "stem_of", "papers_with")
+_FACTS = ("ids", "alive", "lengths", "dates", "wings", "statuses")
+
+
+def save(path: Path, index: Postings, described: Mapping[str, Any]) -> None:
+    """Write an index into one file (NumPy's npz) with a description of what it is of."""
+    names = {"words": list(index.words), "stems": list(index.stems), "names": index.facts.names}
+    header = json.dumps({**described, "format": 1, **names}).encode()
+    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    arrays |= {name: getattr(index.facts, name) for name in _FACTS}
+    with path.open("wb") as file:
+        np.savez(file, header=np.frombuffer(header, np.uint8), allow_pickle=False, **arrays)
+
+
+def load(path: Path) -> tuple[Postings, dict[str, Any]] | None:
+    """Read an index and its description; None where the file is not a whole one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            header = json.loads(file["header"].tobytes())
+            if header.pop("format") != 1:
+                return None
+            facts = Facts(*(file[name] for name in _FACTS), tuple(header.pop("names")))
+            arrays = {name: file[name] for name in _ARRAYS}
+        words = {word: number for number, word in enumerate(header.pop("words"))}
+        stems_ = {stem_: number for number, stem_ in enumerate(header.pop("stems"))}
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+    known = dict(zip(words, arrays["papers_with"].tolist(), strict=True))
+    made = Postings(
+        facts, gains=_gains(facts, arrays["rows"], arrays["counts"]), stems=stems_, words=words,
+        vocabulary=Vocabulary(known, int(facts.alive.sum()), stems_), **arrays,
+    )  # fmt: skip
+    return made, header

@@ -16,8 +16,9 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from pantarhei.feed import papers as store_papers
 from pantarhei.feed.schema import papers
-from pantarhei.feed.search.words import STOP_WORDS, split
+from pantarhei.feed.search.words import STOP_WORDS, Vocabulary, fold, split
 
 WEIGHTS = {"title": 8, "key": 6, "authors": 4, "categories": 2, "summary": 1}  # see migration 0002
 _MOST_WORDS = 16
@@ -39,6 +40,26 @@ class Query:
     def groups(self) -> Groups:
         """Return what a paper has to hold to match all of the query."""
         return tuple((word,) for word in (*self.words, *self.phrases))
+
+
+def corrected(query: Query, known: Vocabulary) -> tuple[Query, str | None]:
+    """Return the query with unknown words taken for known ones, and as text where there were any.
+
+    A word whose stem is known (``exiting`` where papers have ``exits``) is no slip.
+    """
+    better: dict[str, str] = {}
+    for word in query.words:
+        if word not in known.counts and not known.inflected(word):
+            meant = known.correct(word)
+            if meant is not None:
+                better[word] = meant
+    if not better:
+        return query, None
+    words = tuple(dict.fromkeys(better.get(word, word) for word in query.words))
+    text = fold(query.text)
+    for word, meant in better.items():
+        text = re.sub(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", meant, text)
+    return Query(text, words, query.phrases), " ".join(text.split())
 
 
 def parse(query: str) -> Query:
@@ -82,18 +103,13 @@ class Filter:
     until: str | None = None
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
-        """Return the filter as SQL conditions on the papers."""
-        columns = papers.c
-        made = []
-        if self.wing:
-            made.append(columns.wing == self.wing)
-        if self.status:
-            made.append(columns.status == self.status)
-        if self.since:
-            made.append(columns.date >= self.since)
-        if self.until:
-            made.append(columns.date <= self.until)
-        return made
+        """Return the filter as SQL conditions; what is none raises RequestError."""
+        return store_papers._conditions(
+            wing=self.wing or None,
+            status=self.status or None,
+            since=self.since or None,
+            until=self.until or None,
+        )
 
     def __bool__(self) -> bool:
         return bool(self.wing or self.status or self.since or self.until)

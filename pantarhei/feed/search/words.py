@@ -7,7 +7,7 @@ import re
 import sqlite3
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 _WORD = re.compile(r"[^\W_]+")
@@ -80,6 +80,7 @@ class Vocabulary:
 
     counts: Mapping[str, int]
     papers: int = 0
+    stems: Collection[str] = ()
     _ordered: list[str] = field(default_factory=list, repr=False)
     _by_length: dict[int, list[str]] = field(default_factory=dict, repr=False)
     _corrected: dict[str, str | None] = field(default_factory=dict, repr=False)
@@ -108,6 +109,10 @@ class Vocabulary:
             self._corrected[word] = self._nearest(word)
         return self._corrected[word]
 
+    def inflected(self, word: str) -> bool:
+        """Whether another form of the word is known."""
+        return stem(word) in self.stems
+
     def _nearest(self, word: str) -> str | None:
         from rapidfuzz import process
         from rapidfuzz.distance import OSA
@@ -134,17 +139,3 @@ class Vocabulary:
         last = bisect_left(self._ordered, start + "\U0010ffff")
         return sorted(self._ordered[first:last], key=lambda w: (-self.counts[w], w))[:limit]
 
-
-def of_texts(texts: Iterable[str]) -> Vocabulary:
-    """Return the vocabulary of some texts.
-
-    >>> of_texts(["deep nets", "deep learning"]).counts["deep"]
-    2
-    """
-    counts: dict[str, int] = {}
-    papers = 0
-    for text in texts:
-        papers += 1
-        for word in set(split(text)):
-            counts[word] = counts.get(word, 0) + 1
-    return Vocabulary(counts, papers)
