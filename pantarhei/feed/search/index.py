@@ -42,7 +42,7 @@ class Index(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exact:
     """One matrix product over all vectors.
 
@@ -67,7 +67,7 @@ class Exact:
         return self.vectors[found[-1]] if len(found) else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Approximate:
     """FAISS: vectors in lists around centroids, a byte a number; those added since, exactly.
 

@@ -39,7 +39,7 @@ _BATCH = 1000  # papers that are read and counted at a time
 Integers = NDArray[np.integer[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Facts:
     """What is known of each row's paper besides its words; the rows never change their place."""
 
@@ -67,7 +67,7 @@ class Facts:
         return self.names.index(name) if name in self.names else -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Postings:
     """An index of a state of the store; :meth:`updated` gives the next one.
 
