@@ -69,6 +69,8 @@ class Paper:
 
 
 _EVERYTHING = sa.select(*(_papers.c[field.name] for field in fields(Paper)))
+# made once: every search ends with it
+_BY_ID = _EVERYTHING.where(_papers.c.id.in_(sa.bindparam("ids", expanding=True)))
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def get(c: sa.Connection, key: str) -> Paper | None:
 
 def by_id(c: sa.Connection, ids: Sequence[int]) -> list[Paper]:
     """Return papers in the order of ``ids``; one that is not there is left out."""
-    rows = c.execute(_EVERYTHING.where(_papers.c.id.in_(ids)))
+    rows = c.execute(_BY_ID, {"ids": list(ids)})
     found = {row.id: _paper(row) for row in rows}
     return [found[id] for id in ids if id in found]
 
