@@ -13,14 +13,14 @@ from sqlalchemy import Column, Float, ForeignKey, Index, Integer, LargeBinary, T
 metadata = sa.MetaData()
 
 
-def _paper(**options: bool) -> Column[int]:
-    return Column("paper", ForeignKey("papers.id", ondelete="CASCADE"), nullable=False, **options)
+def _paper(primary_key: bool = False) -> Column[int]:
+    key = ForeignKey("papers.id", ondelete="CASCADE")
+    return Column("paper", key, nullable=False, primary_key=primary_key)
 
 
-def _account(**options: bool) -> Column[int]:
-    return Column(
-        "account", ForeignKey("accounts.id", ondelete="CASCADE"), nullable=False, **options
-    )
+def _account(primary_key: bool = False) -> Column[int]:
+    key = ForeignKey("accounts.id", ondelete="CASCADE")
+    return Column("account", key, nullable=False, primary_key=primary_key)
 
 
 papers = Table(
