@@ -351,3 +351,14 @@ def _postgresql_engines(target: sa.URL) -> tuple[sa.Engine, sa.Engine]:
         ) from None
     readers = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     return readers, engine
+
+
+def clean(text: str) -> str:
+    """Return text without what a database cannot keep: null characters and lone surrogates.
+
+    >>> clean("a\\0b\\ud800c")
+    'ab?c'
+    """
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()
+    return text.replace("\0", "")
