@@ -49,7 +49,7 @@ def import_records(ledger: Ledger, folder: str | os.PathLike[str]) -> int:
     files = sorted(Path(folder).glob("*.json"))
     if not files:
         raise RequestError(f"'{folder}' holds no records (*.json): name another folder.")
-    found = [_read(path) for path in files]
+    found = [read_record(path) for path in files]
     return sum(ledger.add(run, claims) for run, claims in found)
 
 
@@ -60,7 +60,8 @@ def _record(run: RunInfo, claims: list[Claim]) -> dict[str, Any]:
     return {"format": _FORMAT, "version": _VERSION, "run": described, "claims": rows}
 
 
-def _read(path: Path) -> tuple[RunInfo, list[Claim]]:
+def read_record(path: str | os.PathLike[str]) -> tuple[RunInfo, list[Claim]]:
+    """Read one record; a file that is none raises :class:`RequestError`."""
     record = read_json(path)
     if not isinstance(record, Mapping) or record.get("format") != _FORMAT:
         raise RequestError(f"'{path}' is not a record of a run: move it out of the folder.")

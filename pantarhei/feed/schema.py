@@ -62,7 +62,7 @@ runs = Table(
     Column("uid", Text, primary_key=True),
     _paper(),
     Column("scale", Text, nullable=False),
-    Column("seed", Integer, nullable=False),
+    Column("seed", sa.BigInteger, nullable=False),
     Column("date", Text, nullable=False),  # ISO 8601 with time
     Column("seconds", Float, nullable=False),
     Column("device", Text, nullable=False),

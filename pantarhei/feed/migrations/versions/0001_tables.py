@@ -77,7 +77,7 @@ def _results() -> None:
         Column("uid", Text, primary_key=True),
         _paper(),
         Column("scale", Text, nullable=False),
-        Column("seed", Integer, nullable=False),
+        Column("seed", sa.BigInteger, nullable=False),
         Column("date", Text, nullable=False),
         Column("seconds", Float, nullable=False),
         Column("device", Text, nullable=False),
