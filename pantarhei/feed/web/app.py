@@ -90,12 +90,7 @@ def create_app(
     app.state.templates, app.state.pages = templates, pages
     app.state.letterhead, app.state.sender = letterhead, sender
     static = _Static.shipped()
-    templates.env.globals |= {
-        "static": static.address,
-        "version": app.version,
-        "section": "",
-        "messages": (),
-    }
+    templates.env.globals |= {"static": static.address, "version": app.version}
     for router in (reading.router, taking_part.router, atom.router, api.router, static.router):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)

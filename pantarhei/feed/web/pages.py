@@ -17,7 +17,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from email.utils import formatdate
 from typing import Any
 
 import jinja2
@@ -27,7 +26,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pantarhei.feed.store import Store
-from pantarhei.feed.web import taking_part
+from pantarhei.feed.web import taking_part, wording
+from pantarhei.feed.web.security import web_address
 
 # Nobody can write it into a comment: it is another one in every process.
 _MARK = secrets.token_hex(32)
@@ -189,7 +189,7 @@ def conditional(request: Request, body: bytes, media: str, headers: Mapping[str,
 
 def environment() -> jinja2.Environment:
     """Return the templates' environment: HTML is escaped, a name that is not there is a defect."""
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("pantarhei.feed.web"),
         autoescape=True,
         auto_reload=False,
@@ -197,6 +197,6 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-
-
-__all__ = ["Looking", "Pages", "conditional", "environment", "formatdate", "is_known"]
+    made.filters |= wording.FILTERS | {"web_address": web_address}
+    made.globals |= {"address": wording.address, "section": "", "messages": ()}
+    return made
