@@ -113,7 +113,7 @@ class Limiter:
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, capacity: int = 100_000
     ) -> None:
-        self._clock = clock
+        self.clock = clock
         self._capacity = capacity
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()
@@ -122,7 +122,7 @@ class Limiter:
         """Take a token and return 0, or return the seconds until there is one."""
         rate = limit.burst / limit.seconds
         with self._lock:
-            now = self._clock()
+            now = self.clock()
             tokens, then = self._buckets.pop(key, (float(limit.burst), now))
             tokens = min(float(limit.burst), tokens + max(0.0, now - then) * rate)
             enough = tokens >= 1 - 1e-9  # rounding does not make anybody wait

@@ -31,14 +31,31 @@ PAPERS = [
 ]
 
 
+class NoSearch:
+    """Stands where search is not what a test is about, and starts no thread."""
+
+    def refresh(self) -> None:
+        """Index nothing."""
+
+    def related(self, paper: int, n: int = 5) -> list[Any]:
+        """Know nothing."""
+        return []
+
+
 def application(store: Store, mode: str = "shared", **options: Any) -> Any:
     """The whole page over a store that holds three papers, with mail that nobody sends."""
     with store.write() as c:
         papers.add(c, PAPERS)
     public = PUBLIC if mode == "shared" else None
-    app = create_app(store, mode=mode, public_url=options.pop("public_url", public), **options)
-    app.state.letterhead = mail.Letterhead(PUBLIC, store.secret, "page <page@papers.example>")
-    return app
+    url = options.pop("public_url", public)
+    return create_app(
+        store,
+        mode=mode,  # type: ignore[arg-type]
+        public_url=url,
+        searcher=NoSearch(),  # type: ignore[arg-type]
+        letterhead=mail.Letterhead(url or PUBLIC, store.secret, "page <page@papers.example>"),
+        **options,
+    )
 
 
 class Form:
@@ -135,8 +152,8 @@ def messages(store: Store, recipient: str) -> list[str]:
     return [str(message.get_body(("plain",)).get_content()) for message in parsed]  # type: ignore[union-attr]
 
 
-def last_link(store: Store, recipient: str) -> str:
+def last_link(store: Store, recipient: str, base: str = PUBLIC) -> str:
     """The path of the first link in the newest message for somebody."""
-    found = re.search(rf"{PUBLIC}(/\S+)", messages(store, recipient)[-1])
+    found = re.search(rf"{re.escape(base)}(/\S+)", messages(store, recipient)[-1])
     assert found
     return found[1]

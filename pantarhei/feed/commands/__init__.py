@@ -1,0 +1,1 @@
+"""The page's commands, one file each."""
