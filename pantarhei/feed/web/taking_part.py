@@ -585,11 +585,10 @@ def subscribe(request: Request) -> Response:
     kind = form.get("kind", "")
     try:
         address = mail.address(form.get("email", ""))
-        _mail_within(request, address)
-        store = _store(request)
-        with store.write() as c:
+        with _store(request).write() as c:
             value = form.get(kind, "") if kind in ("wing", "tag", "search") else ""
             subscriptions.subscribe(c, head, address, form.get("period", ""), kind, value)
+            _mail_within(request, address)  # too often undoes it
     except RequestError as error:
         return _subscribing(request, form, str(error))
     _wake(request)
