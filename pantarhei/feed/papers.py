@@ -206,14 +206,14 @@ def listing(
     column = _papers.c[order]
     conditions = _conditions(wing=wing, status=status, tag=tag, since=since, until=until)
     if after is not None:
-        place = sa.tuple_(*map(sa.literal, _unfold(order, after)))
+        place = sa.tuple_(*map(sa.literal, unfold(order, after)))
         conditions.append(sa.tuple_(column, _papers.c.id) < place)
     statement = sa.select(*_COLUMNS).where(*conditions)
     statement = statement.order_by(column.desc(), _papers.c.id.desc()).limit(limit + 1)
     found = [_paper(row) for row in c.execute(statement)]
     shown = tuple(found[:limit])
     more = len(found) > limit
-    return Page(shown, _fold(getattr(shown[-1], order), shown[-1].id) if more else None)
+    return Page(shown, fold(getattr(shown[-1], order), shown[-1].id) if more else None)
 
 
 def results(c: sa.Connection, paper: int) -> list[Measured]:
@@ -297,11 +297,13 @@ def _check_date(text: str) -> str:
     return text
 
 
-def _fold(value: str | float, id: int) -> str:
+def fold(value: str | float, id: int) -> str:
+    """Return the cursor of a place in a list that is ordered by a value, then an identifier."""
     return base64.urlsafe_b64encode(json.dumps([value, id]).encode()).decode().rstrip("=")
 
 
-def _unfold(order: str, cursor: str) -> tuple[str | float, int]:
+def unfold(order: str, cursor: str) -> tuple[str | float, int]:
+    """Return the place that a cursor names; ``order`` is ``date``, or else a number's."""
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
         value, id = json.loads(text)
@@ -311,7 +313,7 @@ def _unfold(order: str, cursor: str) -> tuple[str | float, int]:
         if isinstance(value, str):
             _check_date(value)
     except (binascii.Error, ValueError, TypeError, RecursionError):
-        raise RequestError("This is no place in this list: begin at its first page.") from None
+        raise RequestError("There is no such place in this list: begin at its start.") from None
     return value, id
 
 
