@@ -67,18 +67,20 @@ def bound(claim: Any) -> str:
 
 
 def badge(paper: Paper) -> str:
-    """Say in words what is known of a paper at one glance."""
+    """Say in words what is known of a paper at one glance.
+
+    >>> from types import SimpleNamespace as P
+    >>> badge(P(badge="not-held", held=17, measured=18))
+    '17 claims held, 1 did not'
+    """
+    held, measured = paper.held, paper.measured
     if paper.badge == "held":
-        return f"Held: {_of(paper.held, paper.measured)}"
+        return "Its claim held" if measured == 1 else f"All {measured} claims held"
     if paper.badge == "not-held":
-        return f"Did not hold: {_of(paper.measured - paper.held, paper.measured)}"
+        if held:
+            return f"{plural(held, 'claim')} held, {measured - held} did not"
+        return "Its claim did not hold" if measured == 1 else f"None of {measured} claims held"
     return {"runs": "Runs, not measured yet", "planned": "Planned"}.get(paper.badge, "Listed")
-
-
-def _of(some: int, all: int) -> str:
-    if all == 1:
-        return "its one claim"
-    return f"all {all} claims" if some == all else f"{some} of {all} claims"
 
 
 def by(paper: Paper, most: int = 3) -> str:
