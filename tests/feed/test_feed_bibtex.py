@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pantarhei.errors import RequestError
 from pantarhei.feed.sources import bibtex
@@ -66,6 +70,13 @@ def test_entries_are_read_and_their_latex_decoded():
 )
 def test_latex(latex, plain):
     assert bibtex.decode(latex).strip() == plain
+
+
+@given(st.text(alphabet=st.sampled_from("ab %&#_^'`-?!<>\"@,.=()[]*/:;|+é"), max_size=30))
+def test_text_without_latex_needs_no_decoder(text):
+    assume(not bibtex._LATEX.search(text))
+    literal = re.sub(r"([%&])", r"\\\1", text)
+    assert bibtex.decode(text) == bibtex._decoder().latex_to_text(literal)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_an_unknown_identifier_adds_nothing(store, server, connect, tmp_path):
     (tmp_path / "a.bib").write_text(BIB)
     with pytest.raises(RequestError, match=r"arXiv has no paper 2601\.05009; nothing was changed"):
         growing.add(store, [str(tmp_path / "a.bib"), "2601.05009"], connect)
-    server.faults = [Reply(atom_error("incorrect id format"))]
+    server.faults = [Reply(atom_error("incorrect id format"), status=400)]
     with pytest.raises(RequestError, match="arXiv refuses: incorrect id format; nothing was"):
         growing.add(store, ["2601.05009"], connect)
     assert rows(store) == []

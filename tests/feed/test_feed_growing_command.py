@@ -46,7 +46,7 @@ def home(tmp_path):
     return tmp_path / "home"
 
 
-def begin(home, server, *arguments, **environment):
+def begin(home, server, *arguments, program=PROGRAM, **environment):
     dropped = ("http_proxy", "https_proxy", "all_proxy")
     env = {k: v for k, v in os.environ.items() if k.lower() not in dropped}
     env |= {
@@ -57,7 +57,7 @@ def begin(home, server, *arguments, **environment):
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "feed", *arguments],
+        [sys.executable, "-c", program, "feed", *arguments],
         env=env | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -170,6 +170,16 @@ def test_killed_anywhere_nothing_is_lost_or_doubled(home, server, new_url, sourc
     assert code == 0, err
     assert stored(url) == expected(server.papers), f"seed {seed}"
     assert kills, "no process was alive to be killed"
+
+
+def test_what_is_not_installed_is_named(home, server):
+    program = f"import sys; sys.modules['httpx'] = None\n{PROGRAM}"
+    for arguments in (("add", "2601.00001"), ("update",)):
+        code, out, err = run(home, server, *arguments, program=program)
+        assert (code, out) == (2, "")
+        assert err == (
+            "The page needs httpx, which is not installed: pip install 'pantarhei[feed]'.\n"
+        )
 
 
 def test_interrupted_at_the_keyboard_it_says_how_to_go_on(home, server):

@@ -22,16 +22,15 @@ def add(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Add papers to the page: all that are named, or none where one cannot be read."""
-    import sys
     from dataclasses import asdict
 
     from pantarhei import report
-    from pantarhei.feed.sources import growing
-    from pantarhei.feed.sources.fetch import Fetcher
-    from pantarhei.feed.store import Store
+    from pantarhei.feed.commands import installed, say
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+    with installed():
+        from pantarhei.feed.sources import growing
+        from pantarhei.feed.sources.fetch import Fetcher
+        from pantarhei.feed.store import Store
 
     with Store(store) as opened:
         added = growing.add(opened, papers, lambda: Fetcher(growing.lock_path(), say=say))

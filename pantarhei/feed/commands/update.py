@@ -30,16 +30,15 @@ def update(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Read new papers from arXiv, at the pace that it asks for; go on where it stopped."""
-    import sys
     from dataclasses import asdict
 
     from pantarhei import report
-    from pantarhei.feed.sources import growing
-    from pantarhei.feed.sources.fetch import Fetcher
-    from pantarhei.feed.store import Store
+    from pantarhei.feed.commands import installed, say
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+    with installed():
+        from pantarhei.feed.sources import growing
+        from pantarhei.feed.sources.fetch import Fetcher
+        from pantarhei.feed.store import Store
 
     categories = list(dict.fromkeys(category or ["cs.LG"]))
     for name in categories:

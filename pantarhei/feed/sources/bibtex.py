@@ -36,6 +36,7 @@ for _name in ("bibtexparser", "pylatexenc"):
 _MAX_FIELD = 60_000  # characters of LaTeX: decoding takes a second at most
 _TITLE, _YEAR, _AUTHORS = ("title",), ("date", "year"), ("author", "editor")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_LATEX = re.compile(r"[\\{}$~]|--|``|''|[?!]`")
 _ELSEWHERE = re.compile(r"(?:arxiv:\s*|arxiv\.org/(?:abs|pdf)/|^abs/)([\w./-]+)", re.IGNORECASE)
 
 
@@ -122,6 +123,8 @@ def decode(latex: str, what: str = "text") -> str:
     """
     if len(latex) > _MAX_FIELD:
         raise ValueError(f"has a field {what} of over {_MAX_FIELD} characters")
+    if not _LATEX.search(latex):  # most abstracts: decoding is slow
+        return latex.replace("\xa0", " ")
     # BibTeX knows no comments, and abstracts say "50% of" and "R&D" as any text does.
     literal = re.sub(r"(?<!\\)([%&])", r"\\\1", latex)
     literal = re.sub(r"\\href\s*\{[^{}]*\}", "", literal)  # what it links to is not its text

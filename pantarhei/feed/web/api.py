@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import quote
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Path, Query
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -220,9 +221,7 @@ def search_papers(
 ) -> Found:
     """Search titles and summaries by words and by meaning, best first; slips are forgiven."""
     found = request.app.state.searcher.search(q, **filters.given, limit=limit, offset=offset)
-    hits = [
-        HitOut(paper=_paper(request, hit.paper), score=float(hit.score)) for hit in found.hits
-    ]
+    hits = [HitOut(paper=_paper(request, hit.paper), score=float(hit.score)) for hit in found.hits]
     return Found(query=q, corrected=found.corrected, total=found.total, hits=hits)
 
 
@@ -335,19 +334,18 @@ def _results(
 
 
 def _run(measured: papers.Measured) -> RunOut:
-    row: Mapping[str, Any] = measured.run._mapping
+    row = measured.run._mapping
     names = ("uid", "scale", "seed", "date", "device", "machine", "versions", "commit", "command")
-    claims = [_claim(claim._mapping) for claim in measured.claims]
+    claims = [_claim(claim) for claim in measured.claims]
     return RunOut(**{n: row[n] for n in names}, seconds=_finite(row["seconds"]) or 0, claims=claims)
 
 
-def _claim(row: Mapping[str, Any]) -> ClaimOut:
+def _claim(claim: sa.Row[Any]) -> ClaimOut:
+    row = claim._mapping
     names = ("id", "statement", "quantity", "direction", "paper_value", "holds", "evidence")
-    figures = {name: _finite(row[name]) for name in ("bound", "measured")}
-    return ClaimOut(**{name: row[name] for name in names}, **figures)
+    values = {name: row[name] for name in names}
+    return ClaimOut(**values, bound=_finite(row["bound"]), measured=_finite(row["measured"]))
 
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-

@@ -8,7 +8,9 @@ then the routes of :mod:`.reading`, :mod:`.taking_part`, :mod:`.atom` and :mod:`
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.templating import Jinja2Templates
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from pantarhei.feed.mail import Letterhead
     from pantarhei.feed.search import Searcher
 
+_log = logging.getLogger(__name__)
+_LOOK = 5.0  # seconds between looks for new papers
 _MEDIA = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
 
 
@@ -62,18 +67,17 @@ def create_app(
         from pantarhei.feed.search import Searcher
 
         searcher = Searcher(store)
-    own = searcher
-
-    def prepare() -> None:
-        for name in templates.env.list_templates():
-            templates.env.get_template(name)
-        own.refresh()
-        pages.forget()  # related papers come from the index
+    keeper = _Keeper(pages, searcher)
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
-        threading.Thread(target=prepare, daemon=True, name="index").start()
+        keeper.start()
+        if sender is not None:
+            sender.start()
         yield
+        keeper.stop()
+        if sender is not None:
+            await asyncio.to_thread(sender.stop)
         pages.close()
 
     app = FastAPI(
@@ -100,6 +104,41 @@ def create_app(
     app.add_middleware(Heads)
     app.add_middleware(Guard, site=site)
     return app
+
+
+class _Keeper:
+    """Prepares the templates and keeps the search index up with the store, beside the answers.
+
+    Papers come from other processes as well (``pantarhei feed update``), so it looks.
+    """
+
+    def __init__(self, pages: Pages, searcher: Searcher) -> None:
+        self._pages, self._searcher = pages, searcher
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="pantarhei-index")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def _run(self) -> None:
+        environment = self._pages.templates.env
+        for name in environment.list_templates(extensions=["html"]):
+            environment.get_template(name)
+        known: object = None
+        while True:
+            try:
+                now = self._pages.state()
+                if now != known:
+                    self._searcher.refresh()
+                    self._pages.forget()  # what is near in meaning comes from the index
+                    known = now
+            except Exception:  # a store that is away comes back; answers say so meanwhile
+                _log.warning("The search index could not be brought up to date.", exc_info=True)
+            if self._over.wait(_LOOK):
+                return
 
 
 class Heads:
@@ -182,6 +221,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
             sentence = _PLAIN.get(status, f"{sentence}.")
     elif isinstance(error, RequestValidationError):
         status, sentence = 422, validation_sentence(error)
+    elif isinstance(error.__cause__, SQLAlchemyError):
+        _log.error("%s", error)  # it names the store's place, which is not the reader's business
+        status, headers = 503, {"Retry-After": "10"}
+        sentence = "The store behind this page does not answer: try again in a moment."
     else:
         sentence = str(error)
     return _problem(request, status, sentence, headers)
@@ -203,11 +246,10 @@ def _problem(request: Request, status: int, sentence: str, headers: Any) -> Resp
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": sentence}, status, headers)
     heading = _HEADINGS.get(status, HTTPStatus(status).phrase)
-    values = {"heading": heading, "sentence": sentence}
-    if not hasattr(request.state, "asked"):
-        # refused before it was known who asks
-        values |= {"visitor": _NOBODY, "here": "/"}
-    else:
+    values: dict[str, Any] = {"heading": heading, "sentence": sentence}
+    # refused before it was known who asks, or by a store that cannot say it: like nobody
+    values |= {"visitor": _NOBODY, "here": "/"}
+    if status < 500 and hasattr(request.state, "asked"):
         values |= taking_part.context(request)
     template = request.app.state.templates.get_template("error.html")
     return Response(template.render(values), status, headers, "text/html")

@@ -44,9 +44,7 @@ def feed(request: Request, view: str = "new", value: str = "") -> Response:
     return conditional(request, body, "application/atom+xml", {})
 
 
-def _view(
-    request: Request, view: str, value: str
-) -> tuple[Iterable[papers.Paper], str, str]:
+def _view(request: Request, view: str, value: str) -> tuple[Iterable[papers.Paper], str, str]:
     """Return a view's papers, its title and the page it is the feed of."""
     if view == "search":
         hits = request.app.state.searcher.search(value, limit=_ENTRIES).hits
@@ -98,14 +96,16 @@ def _entry(request: Request, root: ET.Element, paper: papers.Paper) -> None:
 
 
 def _add(parent: ET.Element, tag: str, *, text: str | None = None, **attributes: str) -> ET.Element:
-    element = ET.SubElement(parent, f"{{{_ATOM}}}{tag}", {k: _xml(v) for k, v in attributes.items()})
+    element = ET.SubElement(
+        parent, f"{{{_ATOM}}}{tag}", {k: _xml(v) for k, v in attributes.items()}
+    )
     element.text = None if text is None else _xml(text)
     return element
 
 
 def _xml(text: str) -> str:
     """Leave out what XML 1.0 has no place for."""
-    return "".join(c for c in text if c >= " " and not 0xFFFE <= ord(c) <= 0xFFFF or c in "\t\n")
+    return "".join(c for c in text if (c >= " " and c not in "\ufffe\uffff") or c in "\t\n")
 
 
 def _name(path: str) -> str:

@@ -52,12 +52,16 @@ class _Kept:
 
 
 class Pages:
-    """Renders, keeps and answers the pages of one application; safe to share among threads."""
+    """Renders, keeps and answers the pages of one application; safe to share among threads.
+
+    ``state()`` is another value whenever something was committed to the store.
+    """
 
     def __init__(self, store: Store, templates: Jinja2Templates) -> None:
         self.store = store
         self.templates = templates
         self._state = _State(store)
+        self.state = self._state.now
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._bytes = 0

@@ -44,7 +44,7 @@ def plots(folder: str) -> list[Picture]:
         return []
     found = []
     for name in sorted(files):
-        stem, dot, suffix = name.rpartition(".")
+        stem, _, suffix = name.rpartition(".")
         vector = root / f"{stem}.svg" if f"{stem}.svg" in files else None
         if suffix == "png" and stem and not name.startswith("."):
             found.append(Picture(root / name, *_size(root / name), vector))

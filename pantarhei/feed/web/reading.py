@@ -49,7 +49,9 @@ def front(request: Request) -> Response:
             "before": before,
             "wing": asked["wing"],
             "wings": WINGS,
-            "feed": wording.address("/feed/atom", view=asked["wing"] and "wing", value=asked["wing"]),
+            "feed": wording.address(
+                "/feed/atom", view=asked["wing"] and "wing", value=asked["wing"]
+            ),
         } | _mine(request, c, shown)
 
     return _pages(request).page(request, "day.html", contents)
@@ -61,9 +63,7 @@ def trending(request: Request) -> Response:
     asked = _query(request, "wing", "after")
 
     def contents(c: sa.Connection) -> Mapping[str, Any]:
-        page = papers.listing(
-            c, "heat", wing=asked["wing"], after=asked["after"], limit=_ON_A_PAGE
-        )
+        page = papers.listing(c, "heat", wing=asked["wing"], after=asked["after"], limit=_ON_A_PAGE)
         return {
             "section": "trending",
             "page": page,
@@ -90,9 +90,7 @@ def tagged(request: Request, tag: str) -> Response:
     return _listing(request, asked, f"/tags/{quote(tag, safe='')}", "")
 
 
-def _listing(
-    request: Request, asked: dict[str, str | None], path: str, section: str
-) -> Response:
+def _listing(request: Request, asked: dict[str, str | None], path: str, section: str) -> Response:
     order = asked.pop("order") or "date"
     after = asked.pop("after")
     here = {name: value for name, value in asked.items() if f"/{name}s/" not in path}
@@ -244,7 +242,8 @@ def programs(request: Request) -> Response:
 @router.get("/robots.txt")
 def robots(request: Request) -> Response:
     """Let crawlers read what stays, and leave searches alone."""
-    lines = ["User-agent: *", *(f"Disallow: {p}" for p in ("/search", "/compare", "/login", "/api/"))]
+    closed = ("/search", "/compare", "/login", "/api/")
+    lines = ["User-agent: *", *(f"Disallow: {path}" for path in closed)]
     return conditional(request, "\n".join([*lines, ""]).encode(), "text/plain", {})
 
 
@@ -278,7 +277,7 @@ def _mine(request: Request, c: sa.Connection, shown: Sequence[papers.Paper]) -> 
     account = taking_part.visitor(request).account
     if account is None or not shown:
         return {"voted": frozenset()}
-    return {"voted": people.my_votes(c, account.id, [paper.id for paper in shown])}
+    return {"voted": people.mine(c, account.id, [paper.id for paper in shown]).votes}
 
 
 def _newest_folder(c: sa.Connection, paper: int) -> str:

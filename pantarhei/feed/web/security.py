@@ -436,7 +436,7 @@ class Guard:
             raise HTTPException(
                 403,
                 "This page serves one person on their own machine, and a proxy would let everybody "
-                "in as them: start it with --mode shared or --mode reading.",
+                "in as them: start it with --shared or --read-only.",
             )
 
     def _ask(self, scope: Scope, headers: Headers) -> Asked:
