@@ -95,7 +95,7 @@ def keep(c: sa.Connection, results: Iterable[Result], origin: str) -> int:
     Of two results of one claim at one scale the newer run's is kept; of equally old ones that of
     this machine, and of two of those the one that came later.
     """
-    lock(c, "claims")
+    lock(c, "papers")
     table = schema.papers
     cards = sa.select(table.c.key, table.c.id).where(table.c.source == "catalogue")
     ids: dict[str, int] = dict(c.execute(cards).tuples().all())

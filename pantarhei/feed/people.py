@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from pantarhei.errors import RequestError
 from pantarhei.feed import papers, schema, trends
 from pantarhei.feed.papers import Page
-from pantarhei.feed.store import clean, insert
+from pantarhei.feed.store import clean, insert, lock
 
 LOCAL = "you@localhost"  # the one reader of a page on one's own machine; no mail goes there
 LINK_SECONDS = 15 * 60.0
@@ -101,6 +101,7 @@ def rename(c: sa.Connection, account: int, name: str) -> None:
 def forget(c: sa.Connection, account: int) -> None:
     """Remove an account with everything it gave."""
     accounts, tokens = schema.accounts, schema.tokens
+    lock(c, "papers")
     # held, so that it gives nothing more meanwhile
     c.execute(sa.select(accounts.c.id).where(accounts.c.id == account).with_for_update())
     touched: set[int] = set()

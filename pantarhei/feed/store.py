@@ -96,16 +96,10 @@ class Store:
 
     @property
     def secret(self) -> str:
-        """What signs this store's links and cookies: 256 random bits, made at first use."""
+        """What signs this store's links and cookies: 256 random bits, made with the tables."""
         if not self._secret:
             with self.read() as c:
-                found = fact(c, "secret")
-            if found is None:
-                with self.write() as c:
-                    row = {"name": "secret", "value": secrets.token_hex(32)}
-                    c.execute(insert(c, schema.facts).on_conflict_do_nothing(), row)
-                    found = fact(c, "secret")
-            self._secret = str(found)
+                self._secret = str(fact(c, "secret"))
         return self._secret
 
     def close(self) -> None:
@@ -125,21 +119,25 @@ class Store:
         try:
             yield
         except sa.exc.TimeoutError as error:
-            raise RequestError(
-                f"The store '{self.url}' is busy: try again when the other writer is done."
-            ) from error
+            raise RequestError(self._busy()) from error
         except DBAPIError as error:
             sentence = self._explain(error)
             if sentence is None:
                 raise
             raise RequestError(sentence) from error
 
+    def _busy(self) -> str:
+        return f"The store '{self.url}' is busy: try again when the other writer is done."
+
     def _explain(self, error: DBAPIError) -> str | None:
         reason = " ".join(str(error.orig).split())
         if self.dialect == "postgresql":
             # No state at all: the server was not reached. Classes of states: 08 connection,
-            # 28 who asks, 3D no such database, 53 resources, 57 stopped, 58 system, 25006 read-only
+            # 28 who asks, 3D no such database, 53 resources, 57 stopped, 58 system; 40 and 55 are
+            # transactions that were in each other's way.
             state = getattr(error.orig, "sqlstate", None)
+            if state is not None and state[:2] in ("40", "55"):
+                return self._busy()
             outside = state is None or state[:2] in ("08", "28", "3D", "53", "57", "58")
             if not isinstance(error, sa.exc.OperationalError) or not outside:
                 return None
@@ -174,6 +172,8 @@ class Store:
                 if self.dialect == "sqlite":
                     c.exec_driver_sql(f"PRAGMA application_id = {_APPLICATION_ID}")
                 migrate(c)
+                row = {"name": "secret", "value": secrets.token_hex(32)}
+                c.execute(insert(c, schema.facts).on_conflict_do_nothing(), row)
 
     def _log_ahead(self) -> None:
         """Turn SQLite's write-ahead log on.
@@ -349,6 +349,12 @@ def _postgresql_engines(target: sa.URL) -> tuple[sa.Engine, sa.Engine]:
         raise RequestError(
             "A PostgreSQL store needs psycopg: `pip install 'pantarhei[postgresql]'`."
         ) from None
+
+    def connected(connection: Any, _: object) -> None:
+        connection.execute(f"SET lock_timeout = {int(_PATIENCE * 1000)}")  # milliseconds
+        connection.commit()
+
+    sa.event.listen(engine, "connect", connected)
     readers = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     return readers, engine
 

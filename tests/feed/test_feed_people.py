@@ -128,7 +128,7 @@ def test_voters_at_once_are_all_counted(filled):
         from pantarhei.feed import people
         from pantarhei.feed.store import Store
         with Store(sys.argv[1]) as store:
-            for n in range(15):
+            for n in range(8):
                 with store.write() as c:
                     me = people.account(c, f"{sys.argv[2]}-{n}@example.org").id
                     people.vote(c, me, 1)
@@ -141,7 +141,7 @@ def test_voters_at_once_are_all_counted(filled):
     ]
     assert [worker.wait() for worker in workers] == [0] * 3
     assert in_step(filled)
-    assert next(recounted(filled))[1][:2] == (45, 45)
+    assert next(recounted(filled))[1][:2] == (24, 24)
 
 
 def test_a_comment_comes_once_though_its_request_comes_again(filled):

@@ -175,9 +175,7 @@ def _form(request: Request) -> dict[str, str]:
 
 def _page(request: Request, name: str, status: int = 200, **values: Any) -> Response:
     templates = cast(Jinja2Templates, request.app.state.templates)
-    # Pages with a link's token in their address are kept nowhere.
-    headers = {"Cache-Control": "no-store"}
-    return templates.TemplateResponse(request, name, values, status, headers)
+    return templates.TemplateResponse(request, name, values, status)
 
 
 def _to(path: str) -> RedirectResponse:
@@ -585,11 +583,10 @@ def subscribe(request: Request) -> Response:
     kind = form.get("kind", "")
     try:
         address = mail.address(form.get("email", ""))
-        _mail_within(request, address)
-        store = _store(request)
-        with store.write() as c:
+        with _store(request).write() as c:
             value = form.get(kind, "") if kind in ("wing", "tag", "search") else ""
             subscriptions.subscribe(c, head, address, form.get("period", ""), kind, value)
+            _mail_within(request, address)  # too often undoes it
     except RequestError as error:
         return _subscribing(request, form, str(error))
     _wake(request)
@@ -687,7 +684,7 @@ def _notice(
     request: Request, heading: str, lines: list[str], back: str, label: str, status: int = 200
 ) -> Response:
     values = {"heading": heading, "lines": lines, "back": back, "back_label": label}
-    return _page(request, "notice.html", status, **values)
+    return _unkept(_page(request, "notice.html", status, **values))
 
 
 def _confirm(
@@ -699,5 +696,11 @@ def _confirm(
     back: tuple[str, str],
     **fields: str,
 ) -> Response:
-    values = {"heading": heading, "lines": lines, "action": action, "verb": verb}
-    return _page(request, "confirm.html", back=back[0], back_label=back[1], fields=fields, **values)
+    values = {"heading": heading, "lines": lines, "action": action, "verb": verb, "fields": fields}
+    return _unkept(_page(request, "confirm.html", back=back[0], back_label=back[1], **values))
+
+
+def _unkept(response: Response) -> Response:
+    """Let nobody keep a page whose address may hold the token of a link."""
+    response.headers["Cache-Control"] = "no-store"
+    return response

@@ -100,7 +100,7 @@ def test_a_local_reader_votes_comments_tags_and_saves(
     page.get_by_label("Add a tag").fill("early exit")
     page.get_by_role("button", name="Add", exact=True).click()
     page.locator(".tags li").wait_for()
-    assert [row.tag for row in rows(own_store, "tags")] == ["early exit"]
+    assert [row.tag for row in rows(own_store, "tags")] == ["early-exit"]
 
     page.get_by_role("button", name="Add to my list").click()
     page.get_by_role("button", name="On my list").wait_for()
