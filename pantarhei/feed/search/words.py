@@ -1,0 +1,141 @@
+"""Words: how texts are split, what a mistyped word was meant to be, how a started one goes on."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sqlite3
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+_WORD = re.compile(r"[^\W_]+")
+_LONGEST = 64  # characters of a word; what is longer is no word anybody types
+
+# Left out of a query that has other words: nearly every paper holds them.
+STOP_WORDS = frozenset(
+    "a an and are as at be by can do does for from has have how in into is it its of on or our "
+    "that the their these this those to via was we were what when where which who why will with "
+    "you your".split()
+)
+
+
+def fold(text: str) -> str:
+    """Return ``text`` in lower case without accents, as FTS5's ``unicode61`` compares it.
+
+    >>> fold("Schrödinger Bridges")
+    'schrodinger bridges'
+    """
+    if text.isascii():
+        return text.lower()
+    parts = unicodedata.normalize("NFD", text.lower())
+    return "".join(char for char in parts if not unicodedata.combining(char))
+
+
+def split(text: str) -> list[str]:
+    """Return the words of ``text``, folded.
+
+    >>> split("Early-Exit (BERT) networks, 2x")
+    ['early', 'exit', 'bert', 'networks', '2x']
+    """
+    return _WORD.findall(fold(text))
+
+
+def stems(words: Sequence[str]) -> list[str]:
+    """Return each word's Porter stem, by the very stemmer that SQLite's full-text index uses.
+
+    >>> stems(["networks", "learning", "dynamic", "dynamics"])
+    ['network', 'learn', 'dynam', 'dynam']
+    """
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.execute(
+            "CREATE VIRTUAL TABLE t USING fts5(w, tokenize='porter unicode61 remove_diacritics 2')"
+        )
+        connection.execute("CREATE VIRTUAL TABLE v USING fts5vocab(t, 'instance')")
+        connection.executemany("INSERT INTO t (rowid, w) VALUES (?, ?)", enumerate(words))
+        found = dict(connection.execute("SELECT doc, term FROM v WHERE \"offset\" = 0"))
+    finally:
+        connection.close()
+    return [found.get(index, word) for index, word in enumerate(words)]
+
+
+@functools.lru_cache(4096)
+def stem(word: str) -> str:
+    """Return one word's Porter stem."""
+    return stems([word])[0]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Every word of the store's papers, with the number of papers that hold it.
+
+    >>> words = Vocabulary({"neural": 40, "network": 50, "netting": 2})
+    >>> words.correct("nueral"), words.correct("network"), words.correct("zzzzzz")
+    ('neural', 'network', None)
+    >>> words.complete("net")
+    ['network', 'netting']
+    """
+
+    counts: Mapping[str, int]
+    papers: int = 0
+    stems: Collection[str] = ()
+    _ordered: list[str] = field(default_factory=list, repr=False)
+    _by_length: dict[int, list[str]] = field(default_factory=dict, repr=False)
+    _corrected: dict[str, str | None] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._ordered.extend(sorted(self.counts))
+        # In a large store a word that stands in one paper only may be that paper's own slip.
+        least = 2 if self.papers >= 1000 else 1
+        for word in self._ordered:
+            if self.counts[word] >= least and word.isalpha() and len(word) <= _LONGEST:
+                self._by_length.setdefault(len(word), []).append(word)
+
+    def correct(self, word: str) -> str | None:
+        """Return the word that was meant: itself where it is known, None where nothing is near.
+
+        One slip (a letter too many, missing, wrong, or two exchanged) is forgiven in words of four
+        letters and more, two from eight on. Among words equally near the more frequent is meant.
+        """
+        if word in self.counts:
+            return word
+        if len(word) < 4 or len(word) > _LONGEST or not word.isalpha():
+            return None
+        if word not in self._corrected:
+            if len(self._corrected) > 10_000:
+                self._corrected.clear()
+            self._corrected[word] = self._nearest(word)
+        return self._corrected[word]
+
+    def inflected(self, word: str) -> bool:
+        """Whether another form of the word is known."""
+        return stem(word) in self.stems
+
+    def _nearest(self, word: str) -> str | None:
+        from rapidfuzz import process
+        from rapidfuzz.distance import OSA
+
+        slips = 1 if len(word) < 8 else 2
+        for far in range(1, slips + 1):
+            found: list[tuple[str, float, int]] = []
+            for length in range(len(word) - far, len(word) + far + 1):
+                found += process.extract(
+                    word,
+                    self._by_length.get(length, ()),
+                    scorer=OSA.distance,
+                    score_cutoff=far,
+                    limit=None,
+                )
+            if found:
+                # people rarely miss the first letter
+                return max(found, key=lambda f: (f[0][0] == word[0], self.counts[f[0]]))[0]
+        return None
+
+    def complete(self, start: str, limit: int = 24) -> list[str]:
+        """Return the words that begin with ``start``, the most frequent first."""
+        first = bisect_left(self._ordered, start)
+        last = bisect_left(self._ordered, start + "\U0010ffff")
+        return sorted(self._ordered[first:last], key=lambda w: (-self.counts[w], w))[:limit]
+
