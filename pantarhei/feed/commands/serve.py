@@ -1,0 +1,47 @@
+"""``pantarhei serve``: the page, on one's own machine or for others."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8000,
+    store: Annotated[
+        str | None,
+        typer.Option(help="A file, or postgresql://...; the user's own unless named."),
+    ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="For many people, who log in by mail.")
+    ] = False,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="For many people, who only read.")
+    ] = False,
+    public_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PANTARHEI_URL", help="The address people use, as https://papers.example.org."
+        ),
+    ] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="A proxy whose X-Forwarded-For is believed, as 127.0.0.1; repeat."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that answer.")] = 1,
+) -> None:
+    """Serve the page: papers, search, and what was measured of their claims."""
+    from pantarhei.errors import RequestError
+    from pantarhei.feed.commands import installed
+
+    if shared and read_only:
+        raise RequestError("A page is shared or read-only: choose --shared or --read-only.")
+    with installed():
+        from pantarhei.feed.web import serving
+        from pantarhei.feed.web.security import Mode
+    mode: Mode = "shared" if shared else "reading" if read_only else "local"
+    # For oneself, an address set for mail (PANTARHEI_URL) is not this page's.
+    url = public_url if mode != "local" else None
+    serving.serve(serving.Plan(mode, store, url, tuple(proxy or ())), host, port, workers)
