@@ -84,45 +84,11 @@ class Outbox:
     def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
         self.store = store
         self.clock = clock
-        self._secret = store.secret.encode()  # read now: it cannot be within a transaction
+        self._secret = store.secret  # read now: it cannot be within a transaction
 
     def put(self, c: sa.Connection, key: str, recipient: str, message: EmailMessage) -> bool:
-        """Queue a message in the caller's transaction; return False where ``key`` is known.
-
-        The message gets its ``Date``, and a ``Message-ID`` that is made from the key alone: the
-        same whenever it is sent. Raises :class:`RequestError` where ``recipient`` is no address.
-        """
-        now = self.clock()
-        domain = message["From"].addresses[0].domain
-        del message["Message-ID"], message["Date"]
-        message["Message-ID"] = f"<{self._mark(key)}@{domain}>"
-        message["Date"] = format_datetime(datetime.fromtimestamp(int(now), UTC))
-        row = {
-            "key": key,
-            "recipient": address(recipient),
-            "message": message.as_bytes(),
-            "created": now,
-            # What a person waits for goes before any number of digests.
-            "due": now if message["Precedence"] == "bulk" else 0.0,
-        }
-        statement = insert(c, outbox).on_conflict_do_nothing(index_elements=["key"])
-        return c.execute(statement.values(row).returning(outbox.c.id)).first() is not None
-
-    def _mark(self, key: str) -> str:
-        """Return what stands for ``key`` in a Message-ID; other installations' differ."""
-        return hmac.new(self._secret, f"message {key}".encode(), hashlib.sha256).hexdigest()[:40]
-
-    def counted(self, c: sa.Connection, kind: str, email: str, since: float) -> int:
-        """Count the messages of :func:`key_to` queued for a mailbox since ``since``."""
-        mine = outbox.c.key.startswith(key_to(kind, email, ""), autoescape=True)
-        query = sa.select(sa.func.count()).where(mine, outbox.c.created > since)
-        return int(c.execute(query).scalar_one())
-
-    def drop(self, c: sa.Connection, prefix: str) -> None:
-        """Forget what is queued under keys that begin so, unless it is being sent just now."""
-        idle = sa.or_(outbox.c.leased.is_(None), outbox.c.leased <= self.clock())
-        mine = outbox.c.key.startswith(prefix, autoescape=True)
-        c.execute(sa.delete(outbox).where(mine, idle, _waiting()))
+        """Queue a message in the caller's transaction; see :func:`put`."""
+        return put(c, key, recipient, message, secret=self._secret, now=self.clock())
 
     def waiting(self) -> int:
         """Return how many messages are neither sent nor given up."""
@@ -272,8 +238,54 @@ class Outbox:
             c.execute(sa.delete(outbox).where(old))
 
 
+def put(
+    c: sa.Connection,
+    key: str,
+    recipient: str,
+    message: EmailMessage,
+    *,
+    secret: str,
+    now: float | None = None,
+) -> bool:
+    """Queue a message in the caller's transaction; return False where ``key`` is known.
+
+    The message gets its ``Date``, and a ``Message-ID`` that is made from the key and the store's
+    secret alone: the same whenever it is sent. Raises :class:`RequestError` where ``recipient`` is
+    no address.
+    """
+    now = time.time() if now is None else now
+    mark = hmac.new(secret.encode(), f"message {key}".encode(), hashlib.sha256).hexdigest()[:40]
+    del message["Message-ID"], message["Date"]
+    message["Message-ID"] = f"<{mark}@{message['From'].addresses[0].domain}>"
+    message["Date"] = format_datetime(datetime.fromtimestamp(int(now), UTC))
+    row = {
+        "key": key,
+        "recipient": address(recipient),
+        "message": message.as_bytes(),
+        "created": now,
+        # What a person waits for goes before any number of digests.
+        "due": now if message["Precedence"] == "bulk" else 0.0,
+    }
+    statement = insert(c, outbox).on_conflict_do_nothing(index_elements=["key"])
+    return c.execute(statement.values(row).returning(outbox.c.id)).first() is not None
+
+
+def counted(c: sa.Connection, kind: str, email: str, since: float, rest: str = "") -> int:
+    """Count the messages whose keys begin as :func:`key_to` says, queued since ``since``."""
+    mine = outbox.c.key.startswith(key_to(kind, email, rest), autoescape=True)
+    query = sa.select(sa.func.count()).where(mine, outbox.c.created > since)
+    return int(c.execute(query).scalar_one())
+
+
+def drop(c: sa.Connection, prefix: str, *, now: float | None = None) -> None:
+    """Forget what is queued under keys that begin so, unless it is being sent just now."""
+    idle = sa.or_(outbox.c.leased.is_(None), outbox.c.leased <= (now or time.time()))
+    mine = outbox.c.key.startswith(prefix, autoescape=True)
+    c.execute(sa.delete(outbox).where(mine, idle, _waiting()))
+
+
 def key_to(kind: str, email: str, rest: str) -> str:
-    """Return a key for a message whose number per mailbox is limited (:meth:`Outbox.counted`).
+    """Return a key for a message whose number per mailbox is limited (:func:`counted`).
 
     >>> key_to("login", "ada+1@example.org", "x") == key_to("login", "Ada@example.org", "x")
     True
