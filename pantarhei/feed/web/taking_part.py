@@ -378,7 +378,7 @@ def own_list(request: Request, after: str | None = None) -> Response:
     with _store(request).read() as c:
         listed = people.saved(c, account.id, after=after)
         tags = c.scalars(sa.select(schema.tags.c.tag).where(mine).distinct()).all()
-    values = {"papers": listed.papers, "next": listed.next, "my_tags": sorted(tags)}
+    values: dict[str, Any] = {"papers": listed.papers, "next": listed.next, "my_tags": sorted(tags)}
     return _page(request, "list.html", section="list", **values)
 
 
@@ -510,7 +510,10 @@ def comments_page(request: Request, key: str, after: int = 0) -> Response:
     who = visitor(request)
     with _store(request).read() as c:
         paper = _found(c, key)
-        values = {"paper": paper, "part": part(c, who, paper, min(max(after, 0), _LARGEST))}
+        values: dict[str, Any] = {
+            "paper": paper,
+            "part": part(c, who, paper, min(max(after, 0), _LARGEST)),
+        }
     return _page(request, "comments.html", **values)
 
 
@@ -696,8 +699,9 @@ def _confirm(
     back: tuple[str, str],
     **fields: str,
 ) -> Response:
-    values = {"heading": heading, "lines": lines, "action": action, "verb": verb, "fields": fields}
-    return _unkept(_page(request, "confirm.html", back=back[0], back_label=back[1], **values))
+    values: dict[str, Any] = {"heading": heading, "lines": lines, "action": action, "verb": verb}
+    values |= {"fields": fields, "back": back[0], "back_label": back[1]}
+    return _unkept(_page(request, "confirm.html", **values))
 
 
 def _unkept(response: Response) -> Response:

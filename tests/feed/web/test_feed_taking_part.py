@@ -13,8 +13,9 @@ from _visiting import PUBLIC, Visitor, application, last_link, messages
 from test_feed_markdown import ATTACKS, assert_inert
 from test_feed_security import Clock
 
-from pantarhei.feed import schema
+from pantarhei.feed import papers, people, schema
 from pantarhei.feed.store import Store
+from pantarhei.feed.web import taking_part
 from pantarhei.feed.web.security import Limit, Limiter
 
 ADA, BOB = "ada@example.org", "bob@example.org"
@@ -415,6 +416,71 @@ def test_what_people_write_elsewhere_is_escaped(ada: Visitor, store: Store) -> N
     assert "<script>alert" not in shown.text
     assert "<script>alert" not in ada.open("/login?next=<script>alert(1)</script>")
     assert "<script>alert" not in ada.open("/subscribe?kind=tag&value=<script>alert(1)</script>")
+
+
+def test_many_comments_stand_on_several_pages(ada: Visitor, store: Store) -> None:
+    with store.write() as c:
+        [account] = c.execute(sa.select(schema.accounts.c.id)).scalars()
+        paper = papers.get(c, "paper-1")
+        assert paper is not None
+        for n in range(taking_part.COMMENTS + 2):
+            people.comment(c, account, paper.id, f"number {n}.", f"nonce-{n:05d}")
+    html = ada.open(PAPER)
+    assert "102 comments" in html and "number 99." in html and "number 100." not in html
+    [rest] = re.findall(r'href="(/paper/paper-1/comments\?after=\d+)', html)
+    html = ada.open(rest)
+    assert "number 99." not in html and "number 100." in html and "number 101." in html
+    # a new one leads to where it stands, and sent twice it is one all the same
+    for _ in range(2):
+        ada.open(PAPER)
+        form = ada.form("/comment")
+        answer = ada.client.post(form.action, data=form.fields | {"body": "new", "do": "send"})
+        again = ada.client.post(form.action, data=form.fields | {"body": "new", "do": "send"})
+        assert again.headers["location"] == answer.headers["location"]
+        assert ">new<" in ada.open(answer.headers["location"])
+    assert len(rows(store, "comments")) == taking_part.COMMENTS + 4
+    for after in ("-1", "99999999999999999999", "x", "1.5", "%00"):
+        assert ada.client.get(f"{PAPER}/comments?after={after}").status_code in (200, 400, 422)
+
+
+def test_an_account_is_named_and_deleted(ada: Visitor, bob: Visitor, store: Store) -> None:
+    ada.open(PAPER)
+    ada.press("/comment", body="mine", do="send")
+    ada.open(PAPER)
+    ada.press("/vote")
+    ada.open("/account")
+    assert ada.form("/account").fields["name"] == "ada"
+    ada.press("/account", name="Ada L.")
+    assert "<strong>Ada L.</strong>" in bob.open(PAPER)
+    for wrong in ("", "  ", "x" * 51):
+        ada.open("/account")
+        assert 'role="alert"' in ada.send("/account", 400, name=wrong).text
+    ada.open("/account/delete")
+    assert votes(store) == 1
+    ada.press("/account/delete")
+    assert votes(store) == 0 and rows(store, "comments") == []
+    assert [row.email for row in rows(store, "accounts")] == [BOB]
+    assert [row.email for row in rows(store, "tokens") if row.purpose == "session"] == [BOB]
+    assert "Log in" in ada.open("/")
+    assert SESSION not in ada.client.cookies
+
+
+def test_a_page_that_was_kept_for_one_is_not_shown_to_another(
+    ada: Visitor, bob: Visitor, nobody: Visitor
+) -> None:
+    for path in ("/", "/papers", "/trending", PAPER, "/list", "/account"):
+        html = ada.open(path)
+        tag = ada.page.headers.get("etag")
+        assert ADA in html
+        if tag:
+            headers = {"If-None-Match": tag}
+            assert ada.client.get(path, headers=headers).status_code == 304
+            assert bob.client.get(path, headers=headers).status_code == 200
+        token = re.findall(r'name="csrf" value="(\w+)"', html)[0]
+        for other in (bob, nobody):
+            shown = other.open(path)
+            assert ADA not in shown and token not in shown
+        assert ADA in ada.open(path)
 
 
 # ----------------------------------------------------------------------------- the whole surface
