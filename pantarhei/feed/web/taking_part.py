@@ -499,8 +499,8 @@ def delete_page(request: Request, id: int) -> Response:
     found, paper = _own(request, id)
     back = (_comment_path(paper, found.id), "Keep it")
     lines = [
-        f"Your comment on “{paper.title}” begins “{mail.one_line(found.body, 80)}”.",
-        "It will be gone.",
+        f"It will be gone from “{paper.title}”. It begins:",
+        mail.one_line(found.body, 80),
     ]
     return _confirm(
         request, "Delete your comment?", lines, f"/comment/{found.id}/delete", "Delete", back
