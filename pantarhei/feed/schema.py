@@ -7,6 +7,8 @@ is written in the migrations and in :mod:`pantarhei.feed.search`, not here.
 
 from __future__ import annotations
 
+import time
+
 import sqlalchemy as sa
 from sqlalchemy import Column, Float, ForeignKey, Index, Integer, LargeBinary, Table, Text
 
@@ -71,6 +73,8 @@ runs = Table(
     Column("versions", sa.JSON, nullable=False),
     Column("machine", sa.JSON, nullable=False),
     Column("commit", Text),
+    # to this store: what is new to readers is told by mail
+    Column("added", Float, nullable=False, default=time.time, server_default="0"),
     Column("origin", Text, nullable=False),  # shipped (came with pantarhei) or here (own ledger)
     Index("runs_by_paper", "paper", "date"),
 )
@@ -151,6 +155,7 @@ tags = Table(
     _account(primary_key=True),
     _paper(primary_key=True),
     Column("tag", Text, primary_key=True),
+    Column("created", Float, nullable=False, default=time.time, server_default="0"),
     Index("tags_by_paper", "paper"),
     Index("tags_by_tag", "tag"),
 )

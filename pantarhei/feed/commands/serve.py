@@ -38,9 +38,10 @@ def serve(
 
     if shared and read_only:
         raise RequestError("A page is shared or read-only: choose --shared or --read-only.")
-    mode = "shared" if shared else "reading" if read_only else "local"
     with installed():
         from pantarhei.feed.web import serving
+        from pantarhei.feed.web.security import Mode
+    mode: Mode = "shared" if shared else "reading" if read_only else "local"
     # For oneself, an address set for mail (PANTARHEI_URL) is not this page's.
     url = public_url if mode != "local" else None
     serving.serve(serving.Plan(mode, store, url, tuple(proxy or ())), host, port, workers)

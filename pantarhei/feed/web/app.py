@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pantarhei.errors import RequestError
+from pantarhei.feed.search import Searcher
 from pantarhei.feed.store import Store
 from pantarhei.feed.web import api, atom, reading, taking_part
 from pantarhei.feed.web.pages import Pages, environment, is_known
@@ -36,10 +37,8 @@ from pantarhei.feed.web.security import Guard, Mode, Network, Site
 
 if TYPE_CHECKING:
     from pantarhei.feed.mail import Letterhead
-    from pantarhei.feed.search import Searcher
 
 _log = logging.getLogger(__name__)
-_LOOK = 5.0  # seconds between looks for new papers
 _MEDIA = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
 
 
@@ -56,28 +55,34 @@ def create_app(
     """Return the page over ``store`` as an ASGI application.
 
     ``mode`` is ``local`` (one person, who needs no account), ``shared`` (people have accounts;
-    needs ``public_url``) or ``reading``. Without ``searcher`` one is made that indexes in the
-    background from the application's start. ``letterhead`` and ``sender`` are for an installation
+    needs ``public_url``) or ``reading``. Without ``searcher`` one is made; from the application's
+    start it indexes in the background. ``letterhead`` and ``sender`` are for an installation
     that sends mail.
     """
     site = Site(mode, public_url, store.secret.encode(), tuple(proxies))
     templates = Jinja2Templates(env=environment(), context_processors=[taking_part.context])
     pages = Pages(store, templates)
-    if searcher is None:
-        from pantarhei.feed.search import Searcher
+    own = searcher is None
+    searcher = searcher or Searcher(store)
 
-        searcher = Searcher(store)
-    keeper = _Keeper(pages, searcher)
+    def prepare() -> None:
+        for name in templates.env.list_templates(extensions=["html"]):
+            templates.env.get_template(name)
+        try:
+            searcher.refresh()
+        except RequestError as error:
+            _log.warning("The search index is not up to date: %s", error)
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
-        keeper.start()
+        threading.Thread(target=prepare, daemon=True, name="index").start()
         if sender is not None:
             sender.start()
         yield
-        keeper.stop()
         if sender is not None:
             await asyncio.to_thread(sender.stop)
+        if own:
+            searcher.close()
         pages.close()
 
     app = FastAPI(
@@ -104,41 +109,6 @@ def create_app(
     app.add_middleware(Heads)
     app.add_middleware(Guard, site=site)
     return app
-
-
-class _Keeper:
-    """Prepares the templates and keeps the search index up with the store, beside the answers.
-
-    Papers come from other processes as well (``pantarhei feed update``), so it looks.
-    """
-
-    def __init__(self, pages: Pages, searcher: Searcher) -> None:
-        self._pages, self._searcher = pages, searcher
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="pantarhei-index")
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._over.set()
-
-    def _run(self) -> None:
-        environment = self._pages.templates.env
-        for name in environment.list_templates(extensions=["html"]):
-            environment.get_template(name)
-        known: object = None
-        while True:
-            try:
-                now = self._pages.state()
-                if now != known:
-                    self._searcher.refresh()
-                    self._pages.forget()  # what is near in meaning comes from the index
-                    known = now
-            except Exception:  # a store that is away comes back; answers say so meanwhile
-                _log.warning("The search index could not be brought up to date.", exc_info=True)
-            if self._over.wait(_LOOK):
-                return
 
 
 class Heads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 from urllib.parse import quote
 from xml.etree import ElementTree as ET
@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from pantarhei.errors import RequestError, nearest
 from pantarhei.feed import export, papers
+from pantarhei.feed.search import Searcher
 from pantarhei.feed.store import Store
 from pantarhei.feed.web import wording
 from pantarhei.feed.web.api import address_of
@@ -24,6 +25,7 @@ router = APIRouter(include_in_schema=False)
 VIEWS = ("new", "trending", "wing", "tag", "search")
 _ENTRIES = 50
 _TAKEN = 1000  # papers in an export
+_AT_ONCE = 100  # of a search
 _ATOM = "http://www.w3.org/2005/Atom"
 ET.register_namespace("", _ATOM)
 
@@ -139,9 +141,17 @@ def _taken(request: Request) -> Iterable[papers.Paper]:
     if query := (given.get("q") or "").strip():
         if len(query) > 200:
             raise RequestError("A search has at most 200 characters: shorten it.")
-        hits = request.app.state.searcher.search(query, **filters, limit=_TAKEN).hits
-        return [hit.paper for hit in hits]
+        return _found(request.app.state.searcher, query, filters)
     tag = (given.get("tag") or "").strip()[:200] or None
     order = given.get("order") or "date"
     with cast(Store, request.app.state.store).read() as c:
         return papers.listing(c, order, **filters, tag=tag, limit=_TAKEN).papers
+
+
+def _found(searcher: Searcher, query: str, filters: dict[str, Any]) -> Iterator[papers.Paper]:
+    """Yield what a search finds, best first."""
+    for offset in range(0, _TAKEN, _AT_ONCE):
+        hits = searcher.search(query, **filters, limit=_AT_ONCE, offset=offset).hits
+        yield from (hit.paper for hit in hits)
+        if len(hits) < _AT_ONCE:
+            return

@@ -52,16 +52,12 @@ class _Kept:
 
 
 class Pages:
-    """Renders, keeps and answers the pages of one application; safe to share among threads.
-
-    ``state()`` is another value whenever something was committed to the store.
-    """
+    """Renders, keeps and answers the pages of one application; safe to share among threads."""
 
     def __init__(self, store: Store, templates: Jinja2Templates) -> None:
         self.store = store
         self.templates = templates
         self._state = _State(store)
-        self.state = self._state.now
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._bytes = 0
@@ -102,12 +98,6 @@ class Pages:
             if keep:
                 self._keep(key, kept)
         return self._answer(request, kept, status, taking_part.visitor(request))
-
-    def forget(self) -> None:
-        """Drop what was kept, when something else than the store has changed."""
-        with self._lock:
-            self._kept.clear()
-            self._bytes = 0
 
     def close(self) -> None:
         """Close the connection that watches the store."""

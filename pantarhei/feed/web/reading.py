@@ -123,20 +123,29 @@ def search(request: Request) -> Response:
     if len(query) > _QUERY:
         raise RequestError(f"A search has at most {_QUERY} characters: shorten it.")
     number = _page_number(asked.pop("page"))
-    found = None
+    searcher, found, begun = request.app.state.searcher, None, ()
     if query:
-        found = request.app.state.searcher.search(
+        found = searcher.search(
             query, **_filters(asked), limit=_FOUND, offset=(number - 1) * _FOUND
         )
+        # While somebody types, the last word may be unfinished.
+        typing = "hx-request" in request.headers and not any(asked.values())
+        if typing and (found.corrected or not found.total):
+            begun = searcher.suggest(query, limit=_FOUND)
 
     def contents(c: sa.Connection) -> Mapping[str, Any]:
-        hits = found.hits if found else ()
-        last = number * _FOUND >= (found.total if found else 0)
+        hits = found.hits if found and not begun else ()
+        shown = begun or [hit.paper for hit in hits]
+        last = begun or number * _FOUND >= (found.total if found else 0)
         view = {"q": query, **asked}
         return {
             "section": "search",
             "query": query,
             "found": found,
+            "shown": shown,
+            "total": len(begun) or (found.total if found else 0),
+            "corrected": None if begun or not found else found.corrected,
+            "snippets": {hit.paper.id: hit.snippet for hit in hits},
             "asked": asked,
             "wings": WINGS,
             "statuses": papers.STATUSES,
@@ -146,7 +155,7 @@ def search(request: Request) -> Response:
             "more": None if last else wording.address("/search", **view, page=number + 1),
             "takings": _takings("/export", view) if query else (),
             "feed": wording.address("/feed/atom", view="search", value=query) if query else None,
-        } | _mine(request, c, [hit.paper for hit in hits])
+        } | _mine(request, c, shown)
 
     return _pages(request).page(request, "search.html", contents, keep=False)
 

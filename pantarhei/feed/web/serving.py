@@ -7,6 +7,7 @@ adds to the ledger later appears by itself.
 
 from __future__ import annotations
 
+import inspect
 import ipaddress
 import json
 import os
@@ -99,7 +100,10 @@ def _answer(plan: Plan, store: Store, listening: socket.socket, workers: int) ->
         return
     os.environ[_PLAN] = json.dumps(asdict(plan))
     config = uvicorn.Config(f"{__name__}:application", factory=True, workers=workers, **options)
-    Multiprocess(config, target=uvicorn.Server(config).run, sockets=[listening]).run()
+    # Older ones want to be told what each process runs.
+    told = "target" in inspect.signature(Multiprocess).parameters
+    more: Any = {"target": uvicorn.Server(config).run} if told else {}
+    Multiprocess(config, sockets=[listening], **more).run()
 
 
 def _application(plan: Plan, store: Store) -> FastAPI:

@@ -86,6 +86,7 @@ def _results() -> None:
         Column("versions", sa.JSON, nullable=False),
         Column("machine", sa.JSON, nullable=False),
         Column("commit", Text),
+        Column("added", Float, nullable=False, server_default="0"),
         Column("origin", Text, nullable=False),
     )
     op.create_index("runs_by_paper", "runs", ["paper", "date"])
@@ -146,6 +147,7 @@ def _people() -> None:
         _account(primary_key=True),
         _paper(primary_key=True),
         Column("tag", Text, primary_key=True),
+        Column("created", Float, nullable=False, server_default="0"),
     )
     op.create_index("tags_by_paper", "tags", ["paper"])
     op.create_index("tags_by_tag", "tags", ["tag"])
