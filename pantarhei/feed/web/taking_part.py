@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import sqlalchemy as sa
 from fastapi import APIRouter
@@ -27,8 +27,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from pantarhei.errors import RequestError
-from pantarhei.feed import mail, papers, people, schema, subscriptions
-from pantarhei.feed.outbox import Outbox, key_to
+from pantarhei.feed import mail, outbox, papers, people, schema, subscriptions
 from pantarhei.feed.store import Store
 from pantarhei.feed.web import markdown
 from pantarhei.feed.web.security import (
@@ -246,13 +245,13 @@ def login(request: Request) -> Response:
         values = {"next": next, "email": email[:254], "problem": str(error)}
         return _page(request, "login.html", 400, **values)
     _mail_within(request, address)
-    store = _store(request)
-    with store.write() as c:
+    with _store(request).write() as c:
         token = people.login_token(c, address)
         link = head.link("login", token, **({} if next == "/" else {"next": next}))
         message = mail.login_message(head, address, link)
         mark = hashlib.sha256(token.encode()).hexdigest()[:20]
-        Outbox(store).put(c, key_to("login", address, mark), address, message)
+        key = outbox.key_to("login", address, mark)
+        outbox.put(c, key, address, message, secret=head.secret)
     _wake(request)
     return _to("/login/sent")
 
@@ -378,15 +377,14 @@ def own_list(request: Request, after: str | None = None) -> Response:
     with _store(request).read() as c:
         listed = people.saved(c, account.id, after=after)
         tags = c.scalars(sa.select(schema.tags.c.tag).where(mine).distinct()).all()
-    values = {"papers": listed.papers, "next": listed.next, "my_tags": sorted(tags)}
+    values: dict[str, Any] = {"papers": listed.papers, "next": listed.next, "my_tags": sorted(tags)}
     return _page(request, "list.html", section="list", **values)
 
 
 @router.get("/account")
 def account_page(request: Request) -> Response:
-    """Show what one is called here."""
-    _taking_part(request)
-    return _page(request, "account.html", problem="", length=people.NAME_LENGTH)
+    """Show what one is called here, and what one gets by mail."""
+    return _account(request, _taking_part(request), "")
 
 
 @router.post("/account")
@@ -397,17 +395,28 @@ def rename(request: Request) -> Response:
         with _store(request).write() as c:
             people.rename(c, account.id, _form(request).get("name", ""))
     except RequestError as error:
-        values = {"problem": str(error), "length": people.NAME_LENGTH}
-        return _page(request, "account.html", 400, **values)
+        return _account(request, account, str(error))
     request.app.state.owner = None
     return _to("/account")
+
+
+def _account(request: Request, account: people.Account, problem: str) -> Response:
+    head = getattr(request.app.state, "letterhead", None)
+    mails = []
+    if head is not None and account.email != people.LOCAL:
+        with _store(request).read() as c:
+            for one in subscriptions.of(c, account.email):
+                path = urlsplit(subscriptions.unsubscribe_link(head, one)).path
+                mails.append((f"{one.topic}, {one.period}", path))
+    values: dict[str, Any] = {"problem": problem, "mails": mails, "length": people.NAME_LENGTH}
+    return _page(request, "account.html", 400 if problem else 200, **values)
 
 
 @router.get("/account/delete")
 def forget_page(request: Request) -> Response:
     """Ask before an account is gone."""
     _taking_part(request)
-    lines = ["Your votes, comments, tags and list will be gone, for good."]
+    lines = ["Your votes, comments, tags, list and subscriptions will be gone, for good."]
     back = ("/account", "Keep it")
     return _confirm(
         request, "Delete your account?", lines, "/account/delete", "Delete it all", back
@@ -421,6 +430,9 @@ def forget(request: Request) -> Response:
     site, response = _site(request), _to("/")
     with _store(request).write() as c:
         people.forget(c, account.id)
+        if account.email != people.LOCAL:
+            for one in subscriptions.of(c, account.email):
+                subscriptions.end(c, one)
     request.app.state.owner = None
     set_cookie(response.headers, site, site.session_cookie, "", 0)
     return response
@@ -487,8 +499,8 @@ def delete_page(request: Request, id: int) -> Response:
     found, paper = _own(request, id)
     back = (_comment_path(paper, found.id), "Keep it")
     lines = [
-        f"Your comment on “{paper.title}” begins “{mail.one_line(found.body, 80)}”.",
-        "It will be gone.",
+        f"It will be gone from “{paper.title}”. It begins:",
+        mail.one_line(found.body, 80),
     ]
     return _confirm(
         request, "Delete your comment?", lines, f"/comment/{found.id}/delete", "Delete", back
@@ -510,7 +522,10 @@ def comments_page(request: Request, key: str, after: int = 0) -> Response:
     who = visitor(request)
     with _store(request).read() as c:
         paper = _found(c, key)
-        values = {"paper": paper, "part": part(c, who, paper, min(max(after, 0), _LARGEST))}
+        values: dict[str, Any] = {
+            "paper": paper,
+            "part": part(c, who, paper, min(max(after, 0), _LARGEST)),
+        }
     return _page(request, "comments.html", **values)
 
 
@@ -570,7 +585,7 @@ def subscribe_page(
     """Ask what to send where; views of the page link here with their own ``kind`` and ``value``."""
     _letterhead(request)
     account = visitor(request).account
-    email = account.email if account is not None and "@localhost" not in account.email else ""
+    email = "" if account is None or account.email == people.LOCAL else account.email
     given = {"email": email, "period": period, "kind": kind, kind: value[:200]}
     return _subscribing(request, given, "")
 
@@ -616,8 +631,8 @@ def subscribe_confirm_page(request: Request, token: str) -> Response:
 def subscribe_confirm(request: Request, token: str) -> Response:
     """Confirm a subscription; twice does no harm."""
     with _store(request).write() as c:
-        subscriptions.confirm(c, _secret(request), token)
-    lines = ["The next message comes when there are new papers."]
+        begun = subscriptions.confirm(c, _store(request).secret, token)
+    lines = [f"The next message comes when there is something new about {begun.topic}."]
     return _notice(request, "You are subscribed", lines, "/", "To the papers")
 
 
@@ -636,8 +651,9 @@ def unsubscribe(request: Request, token: str) -> Response:
     The guard lets this through without a token of a form: the signed one in the address says all.
     """
     with _store(request).write() as c:
-        subscriptions.unsubscribe(c, _secret(request), token)
-    lines = ["No more papers come by mail for this subscription."]
+        ended = subscriptions.unsubscribe(c, _store(request).secret, token)
+    about = "" if ended is None else f" about {ended.topic}"
+    lines = [f"No more messages come{about}."]
     return _notice(request, "You are unsubscribed", lines, "/", "To the papers")
 
 
@@ -661,10 +677,6 @@ def _letterhead(request: Request) -> mail.Letterhead:
             503, "This page sends no mail: set PANTARHEI_SMTP_HOST where it is served."
         )
     return cast(mail.Letterhead, head)
-
-
-def _secret(request: Request) -> str:
-    return _store(request).secret
 
 
 def _mail_within(request: Request, address: str) -> None:
@@ -696,8 +708,9 @@ def _confirm(
     back: tuple[str, str],
     **fields: str,
 ) -> Response:
-    values = {"heading": heading, "lines": lines, "action": action, "verb": verb, "fields": fields}
-    return _unkept(_page(request, "confirm.html", back=back[0], back_label=back[1], **values))
+    values: dict[str, Any] = {"heading": heading, "lines": lines, "action": action, "verb": verb}
+    values |= {"fields": fields, "back": back[0], "back_label": back[1]}
+    return _unkept(_page(request, "confirm.html", **values))
 
 
 def _unkept(response: Response) -> Response:

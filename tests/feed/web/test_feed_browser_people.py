@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy as sa
@@ -164,6 +163,9 @@ def test_an_account_by_mail(shared: str, own_store: Store, page: Any) -> None:
     page.get_by_role("button", name="for “Paper 1").click()
     page.locator(".toggle button[aria-pressed=true]").first.wait_for()
     assert len(rows(own_store, "votes")) == 1
+    page.goto(f"{shared}/account")
+    assert_accessible(page)
+    picture(page, f"account-{page.script}")
     page.get_by_role("button", name="Log out").click()
     page.locator("header").get_by_role("link", name="Log in").wait_for()
 
@@ -191,9 +193,12 @@ def test_papers_by_mail(shared: str, own_store: Store, page: Any) -> None:
     picture(page, f"confirm-{page.script}")
     page.get_by_role("button", name="Yes, send them").click()
     page.get_by_role("heading", name="You are subscribed").wait_for()
+    picture(page, f"subscribed-{page.script}")
     assert rows(own_store, "subscriptions")[0].confirmed is not None
+    with own_store.read() as c:
+        [one] = subscriptions.active(c)
     head = mail.Letterhead(shared, own_store.secret)
-    page.goto(shared + urlsplit(subscriptions.unsubscribe_link(head, row.id)).path)
+    page.goto(subscriptions.unsubscribe_link(head, one))
     assert_accessible(page)
     picture(page, f"unsubscribe-{page.script}")
     page.get_by_role("button", name="Unsubscribe").click()

@@ -132,7 +132,7 @@ def test_only_our_own_names_are_answered(mode: Any, host: str, known: bool) -> N
 
 def test_a_local_page_behind_a_proxy_is_refused(local: TestClient) -> None:
     answer = local.get("/plain", headers={"X-Forwarded-For": "198.51.100.1"})
-    assert answer.status_code == 403 and "--mode shared" in answer.text
+    assert answer.status_code == 403 and "--shared" in answer.text
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from _visiting import PUBLIC, Visitor, application, last_link, messages
 from test_feed_markdown import ATTACKS, assert_inert
 from test_feed_security import Clock
 
-from pantarhei.feed import schema
+from pantarhei.feed import mail, papers, people, schema, subscriptions
 from pantarhei.feed.store import Store
+from pantarhei.feed.web import taking_part
 from pantarhei.feed.web.security import Limit, Limiter
 
 ADA, BOB = "ada@example.org", "bob@example.org"
@@ -417,6 +418,71 @@ def test_what_people_write_elsewhere_is_escaped(ada: Visitor, store: Store) -> N
     assert "<script>alert" not in ada.open("/subscribe?kind=tag&value=<script>alert(1)</script>")
 
 
+def test_many_comments_stand_on_several_pages(ada: Visitor, store: Store) -> None:
+    with store.write() as c:
+        [account] = c.execute(sa.select(schema.accounts.c.id)).scalars()
+        paper = papers.get(c, "paper-1")
+        assert paper is not None
+        for n in range(taking_part.COMMENTS + 2):
+            people.comment(c, account, paper.id, f"number {n}.", f"nonce-{n:05d}")
+    html = ada.open(PAPER)
+    assert "102 comments" in html and "number 99." in html and "number 100." not in html
+    [rest] = re.findall(r'href="(/paper/paper-1/comments\?after=\d+)', html)
+    html = ada.open(rest)
+    assert "number 99." not in html and "number 100." in html and "number 101." in html
+    # a new one leads to where it stands, and sent twice it is one all the same
+    for _ in range(2):
+        ada.open(PAPER)
+        form = ada.form("/comment")
+        answer = ada.client.post(form.action, data=form.fields | {"body": "new", "do": "send"})
+        again = ada.client.post(form.action, data=form.fields | {"body": "new", "do": "send"})
+        assert again.headers["location"] == answer.headers["location"]
+        assert ">new<" in ada.open(answer.headers["location"])
+    assert len(rows(store, "comments")) == taking_part.COMMENTS + 4
+    for after in ("-1", "99999999999999999999", "x", "1.5", "%00"):
+        assert ada.client.get(f"{PAPER}/comments?after={after}").status_code in (200, 400, 422)
+
+
+def test_an_account_is_named_and_deleted(ada: Visitor, bob: Visitor, store: Store) -> None:
+    ada.open(PAPER)
+    ada.press("/comment", body="mine", do="send")
+    ada.open(PAPER)
+    ada.press("/vote")
+    ada.open("/account")
+    assert ada.form("/account").fields["name"] == "ada"
+    ada.press("/account", name="Ada L.")
+    assert "<strong>Ada L.</strong>" in bob.open(PAPER)
+    for wrong in ("", "  ", "x" * 51):
+        ada.open("/account")
+        assert 'role="alert"' in ada.send("/account", 400, name=wrong).text
+    ada.open("/account/delete")
+    assert votes(store) == 1
+    ada.press("/account/delete")
+    assert votes(store) == 0 and rows(store, "comments") == []
+    assert [row.email for row in rows(store, "accounts")] == [BOB]
+    assert [row.email for row in rows(store, "tokens") if row.purpose == "session"] == [BOB]
+    assert "Log in" in ada.open("/")
+    assert SESSION not in ada.client.cookies
+
+
+def test_a_page_that_was_kept_for_one_is_not_shown_to_another(
+    ada: Visitor, bob: Visitor, nobody: Visitor
+) -> None:
+    for path in ("/", "/papers", "/trending", PAPER, "/list", "/account"):
+        html = ada.open(path)
+        tag = ada.page.headers.get("etag")
+        assert ADA in html
+        if tag:
+            headers = {"If-None-Match": tag}
+            assert ada.client.get(path, headers=headers).status_code == 304
+            assert bob.client.get(path, headers=headers).status_code == 200
+        token = re.findall(r'name="csrf" value="(\w+)"', html)[0]
+        for other in (bob, nobody):
+            shown = other.open(path)
+            assert ADA not in shown and token not in shown
+        assert ADA in ada.open(path)
+
+
 # ----------------------------------------------------------------------------- the whole surface
 
 
@@ -533,25 +599,26 @@ def test_subscribe_confirm_unsubscribe(nobody: Visitor, store: Store) -> None:
     for _ in range(2):
         nobody.open(link)
         assert subscribed(store) == []  # looking is not confirming
-    nobody.send(urlsplit(link).path, 200)
-    nobody.send(urlsplit(link).path, 200)
+    form = nobody.form(urlsplit(link).path)
+    for _ in range(2):  # twice is once
+        assert "You are subscribed" in nobody.client.post(form.action, data=form.fields).text
     [row] = subscribed(store)
     assert (row.email, row.period, row.kind, row.value) == (ADA, "weekly", "wing", "systems")
     tampered = urlsplit(link).path[:-2] + "xx"
-    csrf = nobody.form(urlsplit(link).path) if "<form" in nobody.page.text else None
-    assert csrf is None or nobody.client.post(tampered, data=csrf.fields).status_code == 400
-    path = unsubscribe_path(store, row.id)
+    assert nobody.client.post(tampered, data=form.fields).status_code == 400
+    path = unsubscribe_path(store)
     assert "End this subscription" in nobody.open(path)
     assert len(subscribed(store)) == 1  # looking ends nothing
     nobody.send(path, 200)
     assert subscribed(store) == []
 
 
-def unsubscribe_path(store: Store, id: int) -> str:
-    from pantarhei.feed import mail, subscriptions
-
+def unsubscribe_path(store: Store) -> str:
+    """Where the link in a digest leads."""
     head = mail.Letterhead(PUBLIC, store.secret)
-    return urlsplit(subscriptions.unsubscribe_link(head, id)).path
+    with store.read() as c:
+        [one] = subscriptions.active(c)
+    return urlsplit(subscriptions.unsubscribe_link(head, one)).path
 
 
 def test_one_click_from_a_mail_program(shared: Any, nobody: Visitor, store: Store) -> None:
@@ -559,8 +626,7 @@ def test_one_click_from_a_mail_program(shared: Any, nobody: Visitor, store: Stor
     nobody.press("/subscribe", email=ADA, kind="all", period="daily")
     nobody.open(last_link(store, ADA))
     nobody.send(urlsplit(last_link(store, ADA)).path, 200)
-    [row] = subscribed(store)
-    path = unsubscribe_path(store, row.id)
+    path = unsubscribe_path(store)
     program = Visitor(shared, PUBLIC, "203.0.113.5")  # no cookie, no token, another origin
     body = {"List-Unsubscribe": "One-Click"}
     away = {"Origin": "https://mail.example", "Sec-Fetch-Site": "cross-site"}
@@ -572,6 +638,23 @@ def test_one_click_from_a_mail_program(shared: Any, nobody: Visitor, store: Stor
     assert len(subscribed(store)) == 1
     for _ in range(2):  # twice does no harm
         assert program.client.post(path, data=body, headers=away).status_code == 200
+    assert subscribed(store) == []
+
+
+def test_an_account_sees_and_ends_its_subscriptions(ada: Visitor, store: Store) -> None:
+    for kind in ("all", "tag"):
+        ada.open("/subscribe")
+        assert ada.form("/subscribe").fields["email"] == ADA
+        ada.press("/subscribe", kind=kind, tag="exits")
+        ada.open(last_link(store, ADA))
+        ada.send(urlsplit(last_link(store, ADA)).path, 200)
+    html = ada.open("/account")
+    assert "All papers, daily" in html and "tag “exits”, daily" in html
+    ada.open(re.findall(r'href="(/unsubscribe/[^"]+)"', html)[0])
+    ada.send(urlsplit(str(ada.page.url)).path, 200)
+    assert len(subscribed(store)) == 1
+    ada.open("/account/delete")
+    ada.press("/account/delete")
     assert subscribed(store) == []
 
 
