@@ -18,6 +18,10 @@ import typer
 
 from pantarhei.data.simulate.command import simulate
 from pantarhei.errors import RequestError, nearest
+from pantarhei.feed.commands.add import add
+from pantarhei.feed.commands.digest import digest
+from pantarhei.feed.commands.serve import serve
+from pantarhei.feed.commands.update import update
 from pantarhei.learning.commands import deep_linear, effective_theory, generalization, lr_transfer
 from pantarhei.systems.commands import graph
 from pantarhei.systems.commands.forecast import forecast
@@ -32,8 +36,12 @@ app = typer.Typer(
 )
 for group in (deep_linear, generalization, effective_theory, graph):
     app.add_typer(group.app)
-for command in (lr_transfer.lr_transfer, simulate, forecast, forecast_series):
+for command in (lr_transfer.lr_transfer, simulate, forecast, forecast_series, serve):
     app.command()(command)
+feed = typer.Typer(name="feed", help="The page's papers and its mail.", no_args_is_help=True)
+for command in (add, update, digest):
+    feed.command()(command)
+app.add_typer(feed)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _FAULT = 70
