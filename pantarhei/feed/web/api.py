@@ -140,7 +140,7 @@ class Found(BaseModel):
     hits: list[HitOut]
 
 
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
+PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "A value that means nothing here."},
     422: {"model": Problem, "description": "A parameter that is missing or of another kind."},
     429: {"model": Problem, "description": "Too many requests: wait as `Retry-After` says."},
@@ -149,7 +149,7 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
     404: {"model": Problem, "description": "There is no such paper."}
 }
 
-router = APIRouter(prefix="/api/v1", responses=_PROBLEMS)
+router = APIRouter(prefix="/api/v1", responses=PROBLEMS)
 
 
 class Filters:

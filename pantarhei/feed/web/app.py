@@ -2,8 +2,9 @@
 
 ``app.state`` holds what the parts share: ``store``, ``site`` (how this installation is run),
 ``templates``, ``pages`` (see :mod:`.pages`), ``searcher`` and, where mail is sent, ``letterhead``
-and ``sender``. From outside in, a request passes :class:`.security.Guard`, then :class:`Heads`,
-then the routes of :mod:`.reading`, :mod:`.taking_part`, :mod:`.atom` and :mod:`.api`.
+and ``sender``. From outside in, a request passes :class:`.security.Guard`, then :class:`Economy`,
+then the routes of :mod:`.reading`, :mod:`.taking_part`, :mod:`.atom`, :mod:`.exports` and
+:mod:`.api`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.templating import Jinja2Templates
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pantarhei.errors import RequestError
 from pantarhei.feed.search import Searcher
 from pantarhei.feed.store import Store
-from pantarhei.feed.web import api, atom, reading, taking_part
+from pantarhei.feed.web import api, atom, exports, reading, taking_part
 from pantarhei.feed.web.pages import Pages, environment, is_known
 from pantarhei.feed.web.security import Guard, Mode, Network, Site
 
@@ -100,35 +102,68 @@ def create_app(
     app.state.letterhead, app.state.sender = letterhead, sender
     static = _Static.shipped()
     templates.env.globals |= {"static": static.address, "version": app.version}
-    for router in (reading.router, taking_part.router, atom.router, api.router, static.router):
-        app.include_router(router)
+    for part in (reading, taking_part, atom, exports, api, static):
+        app.include_router(part.router)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(Exception, _fail)
-    app.add_middleware(Heads)
+    app.add_middleware(Economy)
     app.add_middleware(Guard, site=site)
     return app
 
 
-class Heads:
-    """Answers HEAD wherever GET is answered, with the same headers and no body."""
+class Economy:
+    """Sends no more than is asked for.
+
+    HEAD is answered wherever GET is, with the same headers and no body. An answer of the API gets
+    an ETag of its content, and whoever has that content already gets a 304; pages do that
+    themselves, without being made first.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ask for the whole and leave its body out."""
-        if scope["type"] != "http" or scope["method"] != "HEAD":
+        """Ask for the whole, and send what is wanted of it."""
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
             await self.app(scope, receive, send)
             return
+        head = scope["method"] == "HEAD"
 
-        async def headers_only(message: Message) -> None:
-            if message["type"] == "http.response.body":
+        async def wanted(message: Message) -> None:
+            if head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
 
-        await self.app({**scope, "method": "GET"}, receive, headers_only)
+        answer = _tagging(Request(scope), wanted) if scope["path"].startswith("/api/") else wanted
+        await self.app({**scope, "method": "GET"}, receive, answer)
+
+
+def _tagging(request: Request, send: Send) -> Send:
+    """Return a ``send`` that keeps an answer back until its content is known."""
+    begun: Message = {}
+    content = bytearray()
+
+    async def tag(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            begun.update(message)
+            return
+        content.extend(message.get("body", b""))
+        if message.get("more_body"):
+            return
+        body = bytes(content)
+        headers = MutableHeaders(raw=list(begun["headers"]))
+        if begun["status"] == 200 and "etag" not in headers:
+            digest = hashlib.sha256(body).hexdigest()[:32]
+            headers["ETag"] = f'"{digest}"'
+            if is_known(request, digest):
+                begun["status"], body = 304, b""
+                del headers["content-length"]
+        await send({**begun, "headers": headers.raw})
+        await send({"type": "http.response.body", "body": body})
+
+    return tag
 
 
 @dataclass(frozen=True)

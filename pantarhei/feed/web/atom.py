@@ -1,9 +1,9 @@
-"""Atom feeds (RFC 4287) of the page's views, and exports of its lists as BibTeX and CSV."""
+"""Atom feeds (RFC 4287) of the page's views."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 from urllib.parse import quote
 from xml.etree import ElementTree as ET
@@ -13,8 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pantarhei.errors import RequestError, nearest
-from pantarhei.feed import export, papers
-from pantarhei.feed.search import Searcher
+from pantarhei.feed import papers
 from pantarhei.feed.store import Store
 from pantarhei.feed.web import wording
 from pantarhei.feed.web.api import address_of
@@ -24,8 +23,6 @@ router = APIRouter(include_in_schema=False)
 
 VIEWS = ("new", "trending", "wing", "tag", "search")
 _ENTRIES = 50
-_TAKEN = 1000  # papers in an export
-_AT_ONCE = 100  # of a search
 _ATOM = "http://www.w3.org/2005/Atom"
 ET.register_namespace("", _ATOM)
 
@@ -113,45 +110,3 @@ def _xml(text: str) -> str:
 def _name(path: str) -> str:
     """Name something for good, wherever the page is served from."""
     return uuid.uuid5(uuid.NAMESPACE_URL, f"pantarhei:{path}").urn
-
-
-@router.get("/export.bib")
-def bibtex(request: Request) -> Response:
-    """Send a list as BibTeX."""
-    body = "".join(export.bibtex(_taken(request))).encode()
-    return conditional(request, body, "application/x-bibtex; charset=utf-8", _named("bib"))
-
-
-@router.get("/export.csv")
-def csv(request: Request) -> Response:
-    """Send a list as CSV."""
-    body = "".join(export.csv(_taken(request))).encode()
-    return conditional(request, body, "text/csv; charset=utf-8", _named("csv"))
-
-
-def _named(suffix: str) -> dict[str, str]:
-    return {"Content-Disposition": f'attachment; filename="papers.{suffix}"'}
-
-
-def _taken(request: Request) -> Iterable[papers.Paper]:
-    """Return the papers of a list or a search: the filters are those of its page."""
-    given = request.query_params
-    names = ("wing", "status", "since", "until")
-    filters: dict[str, Any] = {n: v for n in names if (v := (given.get(n) or "").strip())}
-    if query := (given.get("q") or "").strip():
-        if len(query) > 200:
-            raise RequestError("A search has at most 200 characters: shorten it.")
-        return _found(request.app.state.searcher, query, filters)
-    tag = (given.get("tag") or "").strip()[:200] or None
-    order = given.get("order") or "date"
-    with cast(Store, request.app.state.store).read() as c:
-        return papers.listing(c, order, **filters, tag=tag, limit=_TAKEN).papers
-
-
-def _found(searcher: Searcher, query: str, filters: dict[str, Any]) -> Iterator[papers.Paper]:
-    """Yield what a search finds, best first."""
-    for offset in range(0, _TAKEN, _AT_ONCE):
-        hits = searcher.search(query, **filters, limit=_AT_ONCE, offset=offset).hits
-        yield from (hit.paper for hit in hits)
-        if len(hits) < _AT_ONCE:
-            return

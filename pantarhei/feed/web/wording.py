@@ -138,6 +138,8 @@ def took(seconds: float) -> str:
     >>> took(3.2), took(71.4), took(3007.2), took(9000)
     ('3 s', '71 s', '50 min', '2 h 30 min')
     """
+    if not math.isfinite(seconds):
+        return "unknown time"
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

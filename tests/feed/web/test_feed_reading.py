@@ -377,7 +377,7 @@ def test_about_says_the_formula_with_its_constants(full):
         ("/trending?after=e30", 400),
         ("/feed/atom?view=nonsense", 400),
         ("/feed/atom?view=wing", 400),
-        ("/export.csv?order=nonsense", 400),
+        ("/export.csv?order=nonsense", 422),
         ("/paper/rbqe/figure/x", 422),
         ("/paper/rbqe/figure/0", 404),
         ("/paper/rbqe/figure/99999999999999999999", 404),
