@@ -13,6 +13,7 @@ class Format(StrEnum):
 
     npz = "npz"
     h5 = "h5"
+    zarr = "zarr"
 
 
 def simulate(
@@ -25,7 +26,7 @@ def simulate(
     shard: Annotated[int, typer.Option(help="Trajectories in a file.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Of the random starts.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    format: Annotated[Format, typer.Option(help="h5 needs h5py.")] = Format.npz,
+    format: Annotated[Format, typer.Option(help="h5 needs h5py, zarr zarr.")] = Format.npz,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeat.")
     ] = None,

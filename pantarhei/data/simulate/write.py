@@ -78,8 +78,8 @@ def write(
             f"cases={cases}, shard={shard}, seed={seed}: simulate 1 case or more, 1 or more a "
             "file, from a seed that is not negative."
         )
-    if suffix not in (".npz", ".h5"):
-        raise RequestError(f"Trajectories are written as .npz or .h5, not '{suffix}'.")
+    if suffix not in (".npz", ".h5", ".zarr"):
+        raise RequestError(f"Trajectories are written as .npz, .h5 or .zarr, not '{suffix}'.")
     place = Path(folder)
     settings: Any = simulation
     config = {

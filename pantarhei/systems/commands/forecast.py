@@ -16,7 +16,7 @@ def forecast(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="TRAIN_DATA", help="Trajectories: .npz, .h5, or a folder of such files."
+            metavar="TRAIN_DATA", help="Trajectories: .npz, .h5, .zarr, or a folder of such."
         ),
     ],
     model: Annotated[str, typer.Option(help="sinenet, unet, dil-resnet, fno or ffno.")] = "sinenet",
