@@ -25,7 +25,7 @@ _CODECS = {
 }  # fmt: skip
 _NUMBER = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|[<>|][biuf][1248]")
 _MOST_BYTES = 2**31  # of a chunk, which is unpacked at once
-_CHUNK = 2**16  # bytes that a chunk has at least, where a case has as many
+_CHUNK = 2**19  # bytes that a chunk has at least, where a case has as many
 
 
 def is_group(place: Path) -> bool:
