@@ -109,14 +109,15 @@ def forecast(
 
 
 def _parts(path: str, test: str | None, plan: Plan) -> Parts:
-    if path.lower().endswith((".csv", ".csv.gz", ".tsv")):
+    if path.lower().endswith((".csv", ".csv.gz", ".tsv", ".parquet", ".pq")):
         raise RequestError(
             f"'{path}' is a table: forecast it with pantarhei forecast-series {path} --target NAME."
         )
     data = open_trajectories(path)
     if len(data.shape) < 4:
         raise RequestError(
-            f"'{path}' holds series without a grid, (case, time, channel): forecast a CSV of them."
+            f"'{path}' holds series without a grid, (case, time, channel): "
+            "forecast a table of them with pantarhei forecast-series."
         )
     if len(data) < (2 if test else 3):
         raise RequestError(
