@@ -164,9 +164,8 @@ def _runs(
 def _times(cells: Column, name: str, file: Path) -> Array:
     """Return seconds; of dates, since the first."""
     if isinstance(cells, np.ndarray):
-        if cells.dtype.kind in "mM":
-            cells = (cells - cells[0]) / np.timedelta64(1, "s")
-        return cells.astype(np.float64)
+        dated = cells.dtype.kind in "mM"
+        return ((cells - cells[0]) / np.timedelta64(1, "s") if dated else cells).astype(np.float64)
     try:
         return np.array([float(cell) for cell in cells])
     except ValueError:
