@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pantarhei.data.events import Events, Snapshots, Split, snapshots
 from pantarhei.errors import RequestError, nearest
-from pantarhei.files import atomic, read_json, write_json
 from pantarhei.outcome import Outcome
+from pantarhei.systems import _saved
 from pantarhei.systems.evolving_graphs import (
     MODELS,
     BlockScores,
@@ -35,7 +34,7 @@ from pantarhei.systems.evolving_graphs.graphs import rows_of
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _BINS = 50  # that the time is cut into unless a width is given
-_FILES = ("forecaster.json", "forecaster.safetensors")
+_WEIGHTS = "forecaster.safetensors"
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _told(found: Mapping[str, Trained], model: str, problem: Problem, top: int) 
 
 def judge(events: Events, folder: str) -> Outcome:
     """Measure a saved forecaster on events, over every snapshot with a full window before it."""
-    forecaster, settings = _load(Path(folder))
+    forecaster, settings = _load(folder)
     problem = _prepared(events, settings)
     graph = problem.snapshots
     steps = range(settings.window, len(graph))
@@ -170,7 +169,7 @@ def judge(events: Events, folder: str) -> Outcome:
 
 def predict(events: Events, folder: str, top: int = 100) -> Outcome:
     """Predict the edges of the snapshot that follows the events, best first."""
-    forecaster, settings = _load(Path(folder))
+    forecaster, settings = _load(folder)
     if settings.task != "link":
         raise RequestError(
             f"'{folder}' holds a forecaster of {settings.task} labels, not of links."
@@ -293,26 +292,16 @@ def _prepared(events: Events, settings: Settings) -> Problem:
 
 def save(learned: Learned, folder: str | Path) -> None:
     """Keep a forecaster in a folder, for :func:`judge` and :func:`predict`."""
-    folder = Path(folder)
-    tensors = {name: t.contiguous() for name, t in learned.forecaster.state_dict().items()}
-    with atomic(folder / _FILES[1]) as temporary:
-        save_file(tensors, temporary)
-    write_json(folder / _FILES[0], asdict(learned.settings))
+    about = asdict(learned.settings)
+    _saved.save(Path(folder), "forecaster", learned.forecaster, about, _WEIGHTS)
 
 
-def _load(folder: Path) -> tuple[Forecaster, Settings]:
-    record = read_json(folder / _FILES[0])
-    try:
-        settings = Settings(**{**record, "classes": tuple(record["classes"])})
-        tensors: dict[str, Tensor] = load_file(folder / _FILES[1])
+def _load(folder: str) -> tuple[Forecaster, Settings]:
+    def restore(about: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Forecaster, Settings]:
+        settings = Settings(**{**about, "classes": tuple(about["classes"])})
         return _restored(settings, tensors), settings
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(
-            f"'{folder}' does not hold a forecaster that `graph-forecast train --out` made "
-            f"({' '.join(str(error).split())[:120]}): train it again."
-        ) from error
+
+    return _saved.load(folder, "forecaster", restore, _WEIGHTS)
 
 
 def _restored(settings: Settings, tensors: Mapping[str, Tensor]) -> Forecaster:

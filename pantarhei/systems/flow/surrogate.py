@@ -6,6 +6,7 @@ mean and scale, the unit of velocity) as buffers, so that a saved one answers as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError, nearest
+from pantarhei.systems import _saved
+from pantarhei.systems.flow import model
 
 # CFDBench's constants, from its cavity: (value - shift) / scale
 _PUBLISHED = {
@@ -72,7 +75,8 @@ class Surrogate(nn.Module):
     """A flow model that takes and returns m/s, with the parameters as the trajectories hold them.
 
     ``step(field, parameters, mask)`` for autoregressive models, ``frame(t, parameters)`` for the
-    others. A model of u alone leaves the other channels of a field as they are.
+    others. A model of u alone leaves the other channels of a field as they are. :meth:`save` and
+    :meth:`load` keep it in a folder of safetensors and JSON.
 
     Args:
         net: One of :mod:`pantarhei.systems.flow`, or yours with ``channels`` and ``step(field,
@@ -164,6 +168,38 @@ class Surrogate(nn.Module):
         """Return velocities (B, Q, channels) at points (Q, 2) or (B, Q, 2) of frame t."""
         found: Tensor = self.net.predict(points, t, self._omega(parameters))
         return found * self._unit(parameters, 3)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write weights, scales and what the model is made of to a new folder."""
+        about = {
+            "model": getattr(self.net, "arguments", None),
+            "columns": self.columns,
+            "unit_column": self.unit_column,
+        }
+        _saved.save(_saved.new_folder(folder), "surrogate", self, about)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], net: Any = None) -> Surrogate:
+        """Read a saved surrogate, on the CPU and in evaluation mode.
+
+        A net that :func:`pantarhei.systems.flow.model` did not make is given again, as ``net``.
+        """
+
+        def restore(about: dict[str, Any], tensors: dict[str, Tensor]) -> Surrogate:
+            if net is None and about["model"] is None:
+                raise RequestError(
+                    f"'{folder}' was saved around a net that pantarhei.systems.flow.model did not "
+                    "make: give it as net=."
+                )
+            columns = [int(column) for column in about["columns"]]
+            unset = ParameterScale(torch.zeros(len(columns)), torch.ones(len(columns)))
+            column = about["unit_column"]
+            made = model(**about["model"]) if net is None else net
+            found = cls(made, columns, unset, 1.0 if column is None else int(column))
+            found.load_state_dict(tensors)
+            return found.eval()
+
+        return _saved.load(folder, "surrogate", restore)
 
     def _omega(self, parameters: Tensor) -> Tensor:
         out: Tensor = self.scale(parameters[:, self.columns])

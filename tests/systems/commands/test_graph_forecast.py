@@ -140,8 +140,8 @@ def test_nothing_is_overwritten_and_a_foreign_folder_is_refused(folder, calls, t
     with pytest.raises(RequestError, match="does not exist"):
         run("predict", tmp_path, calls, *COLUMNS)
     (tmp_path / "forecaster.json").write_text((folder / "forecaster.json").read_text())
-    with pytest.raises(RequestError, match="does not hold a forecaster"):
+    with pytest.raises(RequestError, match="is not a saved forecaster"):
         run("predict", tmp_path, calls, *COLUMNS)
     (tmp_path / "forecaster.json").write_text("[]")
-    with pytest.raises(RequestError, match="does not hold a forecaster"):
+    with pytest.raises(RequestError, match="is not a saved forecaster"):
         run("predict", tmp_path, calls, *COLUMNS)
