@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
     Cases = Sequence[int] | NDArray[Any]
 
+Given = Literal["parameters", "mask"]
 MODELS = {
     "sinenet": "pantarhei.systems.sinenet:SineNet",
     "dil-resnet": "pantarhei.systems.dilated_resnet:DilatedResNet",
     "fno": "pantarhei.systems.fno:FNO",
     "ffno": "pantarhei.systems.fno:FactorizedFNO",
+    "told": "pantarhei.systems.told:Told",
 }
 """Models that a saved forecaster is rebuilt from by name; a new one is a line here."""
 
@@ -62,7 +64,7 @@ class FieldForecaster:
     history: int
     channels: tuple[str, ...]
     dt: float
-    given: tuple[Literal["parameters", "mask"], ...] = ()
+    given: tuple[Given, ...] = ()
 
     @classmethod
     def of(
@@ -72,7 +74,7 @@ class FieldForecaster:
         training: Cases,
         *,
         history: int,
-        given: Sequence[Literal["parameters", "mask"]] = (),
+        given: Sequence[Given] = (),
     ) -> FieldForecaster:
         """Measure the statistics of the training cases for a model that is yet to be trained."""
         statistics = Statistics.of(data, training)
@@ -153,7 +155,7 @@ class FieldForecaster:
         self._check(data)
         steps = data.shape[1] - self.history if steps is None else steps
         states = data.tensor(cases, 0, self.history + steps, repeat_last=True)
-        told = self._told(data, cases)
+        told = self.told(data, cases)
         chosen = metrics or {"relative_l2": relative_l2, "correlation": correlation}
         parts = []
         for first in range(0, len(states), _BATCH):
@@ -232,7 +234,8 @@ class FieldForecaster:
                 f"{data.channels} at dt {data.dt:g}."
             )
 
-    def _told(self, data: Trajectories, cases: Cases) -> list[Tensor]:
+    def told(self, data: Trajectories, cases: Cases) -> list[Tensor]:
+        """Return what the model is told of these cases, for :meth:`forecast`."""
         chosen = [int(case) for case in cases]
         parts = {"parameters": data.parameters, "mask": data.masks()}
         told = []

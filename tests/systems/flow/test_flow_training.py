@@ -25,8 +25,9 @@ from pantarhei.systems.flow.evaluation import (
     physics,
     wall_violation,
 )
-from pantarhei.systems.flow.surrogate import ParameterScale, Surrogate, inputs_of
+from pantarhei.systems.flow.surrogate import Surrogate, inputs_of
 from pantarhei.systems.flow.training import batch_nmse, train
+from pantarhei.systems.parameters import ParameterScale
 
 
 def decays(cases=5, frames=9, cells=16, seed=0, mask=True):
