@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pantarhei.data._read import guarded, needed
 from pantarhei.data.series import Array, Recording, Signal
 from pantarhei.errors import RequestError, nearest
+from pantarhei.files import atomic
 
 _PARQUET = (".parquet", ".pq")
 _READ = (".csv", ".npz", *_PARQUET)
@@ -53,6 +54,22 @@ def read_recordings(
         else:
             read = _read_parquet if file.suffix.lower() in _PARQUET else _read_csv
             yield from _runs(read(file), file, time, run)
+
+
+def write_recording(recording: Recording, path: str | Path) -> None:
+    """Write a run to a new ``.npz``, whole or not at all, as :func:`read_recordings` reads it."""
+    target = Path(path)
+    if target.suffix != ".npz" or target.exists():
+        raise RequestError(f"'{path}' is there already, or not an .npz: name a new one.")
+    arrays: dict[str, Any] = {}
+    for name, signal in recording.signals.items():
+        arrays[name] = signal.values
+        if signal.rate is not None and signal.start == 0:
+            arrays[f"{name}.rate"] = np.float64(signal.rate)
+        else:
+            arrays[f"{name}.time"] = signal.time_of(np.arange(len(signal.values)))
+    with atomic(target) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _read_npz(file: Path) -> Recording:

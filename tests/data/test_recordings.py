@@ -9,8 +9,8 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from pantarhei.data.recordings import read_recordings
-from pantarhei.data.series import Last, Layout
+from pantarhei.data.recordings import read_recordings, write_recording
+from pantarhei.data.series import Last, Layout, Recording, Signal
 from pantarhei.errors import RequestError
 
 
@@ -163,3 +163,20 @@ def test_damaged_parquet_and_a_missing_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(RequestError, match=r"needs pyarrow: .* 'pantarhei\[series\]'"):
         list(read_recordings(path))
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    times = np.array([0.5, 0.7, 1.5])
+    signals = {
+        "p": Signal(np.array([1.0, 2.0], np.float32), rate=4.0),
+        "q": Signal(np.arange(3.0), rate=4.0, start=2.0),
+        "T": Signal(np.array([1.0, np.nan, 3.0]), times=times),
+    }
+    write_recording(Recording("a", signals), tmp_path / "a.npz")
+    (again,) = read_recordings(tmp_path / "a.npz")
+    assert again.name == "a" and again["p"].rate == 4 and again["p"].values.dtype == np.float32
+    assert again["q"].times.tolist() == [2.0, 2.25, 2.5] and again["T"].times.tolist() == [*times]
+    assert np.array_equal(again["T"].values, signals["T"].values, equal_nan=True)
+    for name in ("a.npz", "a.csv"):
+        with pytest.raises(RequestError, match="name a new one"):
+            write_recording(Recording("a", signals), tmp_path / name)

@@ -32,7 +32,7 @@ def simulate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Simulate trajectories of a flow; called again, it goes on with what is missing."""
+    """Simulate flows, or runs of a combustor; called again, it goes on with what is missing."""
     import torch
 
     from pantarhei import report
@@ -62,4 +62,4 @@ def simulate(
     if json:
         report.emit_json({"simulator": name, "cases": cases, "files": [str(f) for f in files]})
     else:
-        report.emit(f"{cases} trajectories of {name} are in {out}, {len(files)} files.")
+        report.emit(f"{cases} cases of {name} are in {out}, {len(files)} files.")
