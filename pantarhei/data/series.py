@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -410,6 +410,31 @@ class Product:
         ]
 
 
+FEATURES: dict[str, Any] = {
+    kind.__name__: kind for kind in (Last, Mean, Amplitude, Spectrum, Decay, Raw, Product)
+}
+"""The features that a saved layout may name."""
+
+_PARTS = ("inputs", "controls", "targets")
+
+
+def _feature_to_json(feature: Any) -> dict[str, Any]:
+    kind = type(feature).__name__
+    if FEATURES.get(kind) is not type(feature):
+        raise RequestError(
+            f"A layout with features of your own ({kind}) is not kept: choose of "
+            f"{', '.join(FEATURES)}."
+        )
+    own = {f.name: getattr(feature, f.name) for f in fields(feature)}
+    usual = {f.name: f.default for f in fields(feature)}
+    return {"kind": kind} | {name: value for name, value in own.items() if value != usual[name]}
+
+
+def _feature_of_json(value: Mapping[str, Any]) -> Any:
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "kind"}
+    return FEATURES[value["kind"]](**given)
+
+
 @dataclass(frozen=True)
 class Frames:
     """A run in frames: inputs (K, F), controls (K, C) and targets (K, G), which end at ``times``.
@@ -443,6 +468,21 @@ class Layout:
     controls: tuple[Feature, ...] = ()
     targets: tuple[Feature, ...] = ()
     warmup: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`from_json` reads; features of one's own raise RequestError."""
+        return {"step": self.step, "warmup": self.warmup} | {
+            part: [_feature_to_json(feature) for feature in getattr(self, part)] for part in _PARTS
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        """Rebuild a layout that was saved with a model."""
+        try:
+            parts = {part: tuple(map(_feature_of_json, value[part])) for part in _PARTS}
+            return cls(float(value["step"]), warmup=float(value["warmup"]), **parts)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(f"This is no layout of features ({error}).") from error
 
     @property
     def groups(self) -> dict[str, tuple[int, ...]]:

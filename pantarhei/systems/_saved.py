@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pantarhei.errors import RequestError
 from pantarhei.files import atomic, read_json, write_json
@@ -25,14 +25,17 @@ def new_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def save(
-    place: Path, kind: str, module: nn.Module, about: Mapping[str, Any], weights: str = _WEIGHTS
+    place: Path,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    weights: str = _WEIGHTS,
 ) -> None:
-    """Write the module's weights and, to ``kind``.json, what :func:`load` needs beside them."""
+    """Write weights and, to ``kind``.json, what :func:`load` needs beside them."""
     from safetensors.torch import save_file
 
     with atomic(place / weights) as temporary:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-        save_file(tensors, temporary)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
     write_json(place / f"{kind}.json", about)
 
 

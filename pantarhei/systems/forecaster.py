@@ -204,7 +204,7 @@ class FieldForecaster:
             "dt": self.dt,
             "given": self.given,
         }
-        _saved.save(_saved.new_folder(folder), "forecaster", self.model, about)
+        _saved.save(_saved.new_folder(folder), "forecaster", self.model.state_dict(), about)
 
     @classmethod
     def load(

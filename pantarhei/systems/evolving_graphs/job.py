@@ -301,7 +301,8 @@ def _prepared(events: Events, settings: Settings, forecaster: Forecaster, device
 def save(learned: Learned, folder: str | Path) -> None:
     """Keep a forecaster in a folder, for :func:`judge` and :func:`predict`."""
     about = asdict(learned.settings)
-    _saved.save(Path(folder), "forecaster", learned.forecaster, about, _WEIGHTS)
+    tensors = learned.forecaster.state_dict()
+    _saved.save(Path(folder), "forecaster", tensors, about, _WEIGHTS)
 
 
 def _load(folder: str) -> tuple[Forecaster, Settings]:

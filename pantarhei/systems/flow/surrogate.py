@@ -126,7 +126,7 @@ class Surrogate(nn.Module):
             "columns": self.columns,
             "unit_column": self.unit_column,
         }
-        _saved.save(_saved.new_folder(folder), "surrogate", self, about)
+        _saved.save(_saved.new_folder(folder), "surrogate", self.state_dict(), about)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], net: Any = None) -> Surrogate:

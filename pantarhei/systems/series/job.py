@@ -238,6 +238,7 @@ def _outcome(
                 {n: one.pit(y) for n, one in told.items()}, "all lead times"
             ),
         },
+        {"model": found.save},
     )
 
 
