@@ -140,6 +140,8 @@ def read_pdearena_zarr(
     level = (cases, frames, 1, *space)
     if len(space) != 2 or any(a.shape != level for a in arrays[1:]):
         raise ValueError(f"pres is {arrays[0].shape}, u and v are {[a.shape for a in arrays[1:]]}")
+    if any(a.dtype.kind != "f" or {"scale_factor", "add_offset"} & {*a.attrs} for a in arrays):
+        raise ValueError("its numbers are packed: write them as floating point with xarray first")
     if not 0 <= first < frames or every < 1:
         raise RequestError(f"first={first}, every={every}: there are {frames} frames.")
     step, settings = 1.0, {}

@@ -429,6 +429,13 @@ def test_pdearena_in_zarr(tmp_path):
     np.testing.assert_array_equal(two_days.frames(2)[:, 1], fields["u"][2, [4, 12], 0])
     with pytest.raises(RequestError, match="there are 20 frames"):
         layouts.pdearena_zarr(tmp_path / "train.zarr", first=20)
+    group["u"].attrs["scale_factor"] = 0.1
+    with pytest.raises(RequestError, match="are packed"):
+        open_trajectories(tmp_path / "train.zarr")
+    del group["u"].attrs["scale_factor"]
+    group["time"][3] = 17
+    with pytest.raises(RequestError, match="not uniform"):
+        open_trajectories(tmp_path / "train.zarr")
 
 
 def at(*keys, put):
