@@ -27,7 +27,8 @@ import torch
 from scipy.fft import dctn, idctn
 from scipy.sparse.linalg import splu
 
-from pantarhei.data.simulate.flow import Flow, Laplacian, Side
+from pantarhei.data.simulate.flow import Flow, Side
+from pantarhei.data.simulate.poisson import Laplacian
 from pantarhei.systems.flow import model
 from pantarhei.systems.flow._layers import grid_points
 

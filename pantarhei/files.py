@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str], folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its name only when the block succeeds.
 
     The temporary name keeps the suffix (writers that choose a format by it go on working). On an
     error the temporary file is removed and whatever ``path`` held before is untouched. A full or
-    read-only disk raises :class:`RequestError`.
+    read-only disk raises :class:`RequestError`. A ``folder`` takes the place of nothing, or of an
+    empty one.
 
     >>> import tempfile, pathlib
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -36,17 +38,23 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-", suffix=target.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        about: dict[str, Any] = {"dir": target.parent, "prefix": ".tmp-", "suffix": target.suffix}
+        if folder:
+            temporary = Path(tempfile.mkdtemp(**about))
+        else:
+            handle, name = tempfile.mkstemp(**about)
+            os.close(handle)
+            temporary = Path(name)
         yield temporary
-        # mkstemp makes the file private, and so do writers that put another in its place; a result
-        # should have the permissions of any new file.
+        # What tempfile makes is private, and so do writers that put another in its place; a result
+        # should have the permissions of anything new.
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        temporary.chmod((0o777 if folder else 0o666) & ~umask)
+        for written in temporary.rglob("*") if folder else [temporary]:
+            if written.is_file():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
         raise RequestError(
@@ -54,7 +62,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             "free some space or choose another folder."
         ) from error
     finally:
-        if temporary is not None:
+        if temporary is not None and folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif temporary is not None:
             temporary.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import io
 import lzma
 import math
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,32 +28,49 @@ _MOST_MEMBERS = 20_000
 _MOST_PIXELS = 50_000_000
 
 
+DAMAGE: tuple[type[Exception], ...] = (
+    TypeError,  # tarfile's own, on a gzip header that ends early
+    ValueError,
+    LookupError,
+    AttributeError,  # Zarr's, and ours, on JSON that holds something else
+    AssertionError,
+    EOFError,
+    OSError,
+    MemoryError,
+    OverflowError,
+    SyntaxError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
+"""What a damaged or hostile file provokes in the libraries that read it."""
+
+
 @contextmanager
 def guarded(path: Path) -> Iterator[None]:
     """Turn whatever a damaged or hostile file provokes into one sentence that names it."""
     try:
         yield
-    except (
-        TypeError,  # tarfile's own, on a gzip header that ends early
-        ValueError,
-        KeyError,
-        EOFError,
-        OSError,
-        MemoryError,
-        OverflowError,
-        SyntaxError,
-        NotImplementedError,
-        RuntimeError,
-        zlib.error,
-        lzma.LZMAError,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-    ) as error:
+    except DAMAGE as error:
         if isinstance(error, RequestError):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RequestError(
             f"'{path}' is not the file expected ({reason}): get it again, or remove it."
+        ) from error
+
+
+def needed(module: str, kind: str, extra: str) -> Any:
+    """Return the library that reads files of a kind, or say what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RequestError(
+            f"Reading {kind} needs {module.partition('.')[0]}: install it with "
+            f"pip install 'pantarhei[{extra}]'."
         ) from error
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pantarhei.data import _zarr
 from pantarhei.data._read import guarded
 from pantarhei.data.trajectories import (
     Array,
@@ -42,6 +43,17 @@ def pdearena(paths: Sequence[str | os.PathLike[str]], mode: str = "train") -> Tr
                 raise ValueError(f"no group '{mode}'")
             sets.append(read_pdearena(Path(path), file[mode]))
     return concatenate(sets)
+
+
+def pdearena_zarr(path: str | os.PathLike[str], first: int = 0, every: int = 1) -> Trajectories:
+    """Open PDEArena's shallow water, a Zarr group: ``pres``, ``u``, ``v``, as xarray writes it.
+
+    pres is (case, time, H, W), u and v have an axis of one level before the last two; channels in
+    this order. Of the frames each ``every``-th is seen, from ``first`` on (SineNet's: 4 and 8, two
+    days). dt is in the units of the stored ``time``, which ``settings`` name; 1 without.
+    """
+    with guarded(Path(path)):
+        return read_pdearena_zarr(Path(path), _zarr.Group(Path(path)), first, every)
 
 
 def pdebench(path: str | os.PathLike[str]) -> Trajectories:
@@ -114,6 +126,40 @@ def read_pdearena(path: Path, group: Any) -> Trajectories:
         parameters=None if buoyancy is None else buoyancy.astype(np.float64)[:, None],
         parameter_names=() if buoyancy is None else ("buoyancy",),
         name=path.name,
+    )
+
+
+def read_pdearena_zarr(
+    path: Path, group: _zarr.Group, first: int = 0, every: int = 1
+) -> Trajectories:
+    """Read an open Zarr group of PDEArena."""
+    if not all(name in group for name in ("pres", "u", "v")):
+        raise ValueError("neither meta nor pres, u and v inside")
+    arrays = [group[name] for name in ("pres", "u", "v")]
+    cases, frames, *space = arrays[0].shape
+    level = (cases, frames, 1, *space)
+    if len(space) != 2 or any(a.shape != level for a in arrays[1:]):
+        raise ValueError(f"pres is {arrays[0].shape}, u and v are {[a.shape for a in arrays[1:]]}")
+    if any(a.dtype.kind != "f" or {"scale_factor", "add_offset"} & {*a.attrs} for a in arrays):
+        raise ValueError("its numbers are packed: write them as floating point with xarray first")
+    if not 0 <= first < frames or every < 1:
+        raise RequestError(f"first={first}, every={every}: there are {frames} frames.")
+    step, settings = 1.0, {}
+    if "time" in group and (time := group["time"]).shape == (frames,):
+        step, settings = uniform(time[:]), {"time": str(time.attrs.get("units", ""))}
+
+    def read(case: int, start: int, stop: int) -> Array:
+        seen = slice(first + start * every, first + (stop - 1) * every + 1, every)
+        pressure, *velocity = (np.asarray(array[case, seen]) for array in arrays)
+        return np.concatenate([pressure[:, None], *velocity], 1)
+
+    return Trajectories(
+        (cases, len(range(first, frames, every)), 3, *space),
+        read,
+        ("pres", "u", "v"),
+        dt=step * every,
+        name=path.name,
+        settings=settings,
     )
 
 

@@ -7,27 +7,22 @@ forecast made at the end of a frame, the history of the inputs, the controls tha
 the frames to come, and the targets in these frames. Runs are never cut in two by a split, and
 scales come from training runs alone.
 
-A file holds a run. CSV: a header, a column of times, and one column for each sensor; a cell is
-empty where a slower sensor has no sample. NPZ: an array ``x`` (T,) for each sensor with its times
-``x.time`` (T,) or its rate ``x.rate`` in Hz; ``time`` or ``rate`` serve all that have none.
+:mod:`pantarhei.data.recordings` reads a user's files.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pantarhei.data._read import guarded
 from pantarhei.errors import RequestError, nearest
 
 Array = NDArray[np.float64]
@@ -415,6 +410,31 @@ class Product:
         ]
 
 
+FEATURES: dict[str, Any] = {
+    kind.__name__: kind for kind in (Last, Mean, Amplitude, Spectrum, Decay, Raw, Product)
+}
+"""The features that a saved layout may name."""
+
+_PARTS = ("inputs", "controls", "targets")
+
+
+def _feature_to_json(feature: Any) -> dict[str, Any]:
+    kind = type(feature).__name__
+    if FEATURES.get(kind) is not type(feature):
+        raise RequestError(
+            f"A layout with features of your own ({kind}) is not kept: choose of "
+            f"{', '.join(FEATURES)}."
+        )
+    own = {f.name: getattr(feature, f.name) for f in fields(feature)}
+    usual = {f.name: f.default for f in fields(feature)}
+    return {"kind": kind} | {name: value for name, value in own.items() if value != usual[name]}
+
+
+def _feature_of_json(value: Mapping[str, Any]) -> Any:
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "kind"}
+    return FEATURES[value["kind"]](**given)
+
+
 @dataclass(frozen=True)
 class Frames:
     """A run in frames: inputs (K, F), controls (K, C) and targets (K, G), which end at ``times``.
@@ -448,6 +468,21 @@ class Layout:
     controls: tuple[Feature, ...] = ()
     targets: tuple[Feature, ...] = ()
     warmup: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`from_json` reads; features of one's own raise RequestError."""
+        return {"step": self.step, "warmup": self.warmup} | {
+            part: [_feature_to_json(feature) for feature in getattr(self, part)] for part in _PARTS
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        """Rebuild a layout that was saved with a model."""
+        try:
+            parts = {part: tuple(map(_feature_of_json, value[part])) for part in _PARTS}
+            return cls(float(value["step"]), warmup=float(value["warmup"]), **parts)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(f"This is no layout of features ({error}).") from error
 
     @property
     def groups(self) -> dict[str, tuple[int, ...]]:
@@ -659,140 +694,6 @@ def split_runs(
             f"{len(names)} runs cannot be split into training and test: give two or more."
         )
     return train, [name for name in names if name in held]
-
-
-def read_recordings(
-    paths: str | Path | Sequence[str | Path], time: str = "time", run: str | None = None
-) -> Iterator[Recording]:
-    """Read runs one after the other: files, or all CSV and NPZ files of a folder, by name.
-
-    ``time`` names the column of times: seconds, or dates as ISO 8601 has them. ``run`` names a
-    column that tells the runs of one CSV apart; without it a file is a run.
-    """
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
-    files: list[Path] = []
-    for path in map(Path, given):
-        inside = sorted(p for p in path.glob("*") if p.suffix.lower() in (".csv", ".npz"))
-        if path.is_dir() and not inside:
-            raise RequestError(f"Folder '{path}' holds no .csv and no .npz file.")
-        files += inside if path.is_dir() else [path]
-    for file in files:
-        if not file.is_file():
-            raise RequestError(f"'{file}' is not a file: name a CSV, an NPZ, or a folder of them.")
-        if file.suffix.lower() == ".npz":
-            yield _read_npz(file)
-        else:
-            yield from _read_csv(file, time, run)
-
-
-def _read_npz(file: Path) -> Recording:
-    with guarded(file), np.load(file, allow_pickle=False) as archive:
-        held = {name: archive[name] for name in archive.files}
-    signals = {}
-    for name, values in held.items():
-        if name in ("time", "rate") or name.endswith((".time", ".rate")):
-            continue
-        times, rate = held.get(f"{name}.time"), held.get(f"{name}.rate")
-        if times is None and rate is None:
-            times, rate = held.get("time"), held.get("rate")
-        if (times is None and rate is None) or values.dtype.kind not in "biuf":
-            raise RequestError(
-                f"'{name}' of '{file}' needs numbers and '{name}.time' or '{name}.rate' (Hz)."
-            )
-        values = values if values.dtype.kind == "f" else values.astype(np.float64)
-        with _named(f"'{name}' of '{file}'"):
-            if times is not None:
-                signals[name] = Signal(values, times=times.astype(np.float64))
-            else:
-                assert rate is not None
-                signals[name] = Signal(values, rate=float(rate))
-    if not signals:
-        raise RequestError(f"'{file}' holds no signal.")
-    return Recording(file.stem, signals)
-
-
-def _read_csv(file: Path, time: str, run: str | None) -> Iterator[Recording]:
-    with guarded(file), file.open(newline="", encoding="utf-8-sig") as handle:
-        rows = [row for row in csv.reader(handle) if row]
-    header = [name.strip() for name in rows[0]] if rows else []
-    if len(rows) < 3 or len(header) < 2:
-        raise RequestError(f"'{file}' needs a header, a column of times, a sensor, and two rows.")
-    if len(set(header)) < len(header):
-        raise RequestError(f"'{file}' names a column twice: rename one.")
-    for wanted in (time, *([run] if run else [])):
-        if wanted not in header:
-            raise RequestError(
-                f"'{file}' has no column '{wanted}': it has {', '.join(header)}."
-                f"{nearest(wanted, header)}"
-            )
-    for number, row in enumerate(rows[1:], 1):
-        if len(row) != len(header):
-            raise RequestError(
-                f"Row {number} of '{file}' has {len(row)} fields and the header {len(header)}: "
-                "mend it."
-            )
-    columns = {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(header)}
-    labels = np.array(columns.pop(run)) if run else np.full(len(rows) - 1, file.stem)
-    times = _times(columns.pop(time), time, file)
-    numbers = {name: _numbers(cells, name, file) for name, cells in columns.items()}
-    for label in dict.fromkeys(labels.tolist()):
-        own = labels == label
-        signals = {}
-        for name, values in numbers.items():
-            there = own & ~np.isnan(values)
-            if there.any():
-                with _named(f"Column '{name}', run '{label}' of '{file}'"):
-                    signals[name] = Signal(values[there], times=times[there] - times[own][0])
-        if not signals:
-            raise RequestError(f"Run '{label}' of '{file}' has no sample.")
-        yield Recording(label, signals)
-
-
-def _times(cells: Sequence[str], name: str, file: Path) -> Array:
-    try:
-        return np.array([float(cell) for cell in cells])
-    except ValueError:
-        pass
-    found = []
-    for number, cell in enumerate(cells, 1):
-        try:
-            found.append(datetime.fromisoformat(cell))
-        except ValueError:
-            raise RequestError(
-                f"Column '{name}' of '{file}' holds '{cell[:40]}' in row {number}: give seconds or "
-                "ISO 8601 dates."
-            ) from None
-    if len({date.tzinfo is None for date in found}) > 1:
-        raise RequestError(f"Column '{name}' of '{file}' has dates with and without a time zone.")
-    return np.array([(date - found[0]).total_seconds() for date in found])
-
-
-def _numbers(cells: Sequence[str], name: str, file: Path) -> Array:
-    found = np.full(len(cells), np.nan)
-    for i, cell in enumerate(cells):
-        if cell:
-            try:
-                found[i] = float(cell)
-            except ValueError:
-                raise RequestError(
-                    f"Column '{name}' of '{file}' holds '{cell[:40]}' in row {i + 1}: give "
-                    "numbers, or leave the cell empty."
-                ) from None
-    return found
-
-
-class _named:
-    """Put the place before a sentence that a check below does not know it for."""
-
-    def __init__(self, place: str):
-        self.place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, RequestError):
-            raise RequestError(f"{self.place}: {error}") from error
 
 
 def _mean(signal: Signal, x: NDArray[np.floating], ends: Array, step: float) -> Array:

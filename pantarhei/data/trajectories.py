@@ -1,26 +1,26 @@
 r"""Trajectories on grids: one array format, readers of what users have, windows for training.
 
-The format, in HDF5 (``.h5``, ``.hdf5``) and in ``.npz`` alike:
+The format, in HDF5 (``.h5``, ``.hdf5``), Zarr (a folder ``.zarr``) and ``.npz`` alike:
 
 =============  ======================  ============================================================
 ``states``     (case, time, C, *space)  floating point; a series of sensors has no space axes
 ``parameters`` (case, P)               what distinguishes the cases (optional)
 ``mask``       (1 or case, *space)     1 where there is fluid, 0 in an obstacle (optional)
 ``lengths``    (case,)                 valid frames of each case, where they differ (optional)
-``meta``       JSON, UTF-8             an attribute of the HDF5 file, an array of bytes in ``.npz``
+``meta``       JSON, UTF-8             an attribute of the HDF5 file or the Zarr group, an array of
+                                       bytes in ``.npz``
 =============  ======================  ============================================================
 
 ``meta`` has ``format`` ("pantarhei-trajectories"), ``version`` (1), ``dt``, ``channels``,
 ``units``, ``spacing`` (of the grid, one number per space axis), ``parameter_names``, ``name`` and
 ``settings`` (of the solver). A folder of such files that agree in these is one set, its cases in
 the order of the files' names. Time steps are uniform. States are read by slices, so that a set may
-be larger than memory: HDF5 through h5py (``pip install 'pantarhei[fields]'``), ``.npz`` by mapping
-the file.
+be larger than memory: HDF5 and Zarr through h5py and zarr (``pip install 'pantarhei[fields]'``),
+``.npz`` by mapping the file.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pantarhei.data._read import guarded
+from pantarhei.data import _zarr
+from pantarhei.data._read import DAMAGE, guarded, needed
 from pantarhei.errors import RequestError
 from pantarhei.files import atomic
 
@@ -48,6 +49,7 @@ Read = Callable[[int, int, int], Array]
 
 FORMAT, VERSION = "pantarhei-trajectories", 1
 _HDF5 = (".h5", ".hdf5", ".hdf")
+_WRITTEN = ".npz, .h5, .hdf5 or .zarr"
 _MOST_BYTES = 2**31  # of what is read at once: a compressed member, parameters, a mask
 
 
@@ -177,7 +179,7 @@ class Trajectories:
             )
         try:
             found = self.read(case, start, stop)
-        except (OSError, ValueError, RuntimeError) as error:  # damage that opening did not meet
+        except DAMAGE as error:  # that opening did not meet
             reason = " ".join(str(error).split())[:200]
             raise RequestError(
                 f"Frames {start} to {stop} of case {case} of '{self.name}' cannot be read "
@@ -222,14 +224,20 @@ class Trajectories:
         return np.broadcast_to(self.mask, (len(self), *self.mask.shape[1:]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set to ``path`` (``.npz``, ``.h5`` or ``.hdf5``), whole or not at all."""
+        """Write the set to ``path``, ``.npz``, ``.h5``, ``.hdf5`` or ``.zarr``, whole or not."""
         target = Path(path)
-        if target.suffix not in (".npz", *_HDF5):
-            raise RequestError(f"'{path}': trajectories are written to .npz, .h5 or .hdf5.")
+        if target.suffix not in (".npz", ".zarr", *_HDF5):
+            raise RequestError(f"'{path}': trajectories are written to {_WRITTEN}.")
         if target.exists():
-            raise RequestError(f"'{path}' is there already: name a new file.")
+            raise RequestError(f"'{path}' is there already: name a new one.")
         parts = {"parameters": self.parameters, "mask": self.mask, "lengths": self.lengths}
         arrays = {name: part for name, part in parts.items() if part is not None}
+        if target.suffix == ".zarr":
+            needed("zarr", "Zarr", "fields")
+            cases = (self._padded(case) for case in range(len(self)))
+            with atomic(target, folder=True) as temporary:
+                _zarr.write(temporary, self._meta(), arrays, self.shape, cases)
+            return
         h5py = hdf5() if target.suffix in _HDF5 else None
         with atomic(target) as temporary:
             if h5py is None:
@@ -317,19 +325,23 @@ def concatenate(sets: Sequence[Trajectories]) -> Trajectories:
 def open_trajectories(path: str | os.PathLike[str]) -> Trajectories:
     """Open a set by what is found at ``path``; states are read later, by slices.
 
-    A file in the format above, a folder of such files, an HDF5 file of PDEArena or PDEBench, or a
-    folder of CFDBench cases. A damaged, foreign or missing one raises :class:`RequestError`.
+    A file or Zarr group in the format above, a folder of such, an HDF5 file of PDEArena or
+    PDEBench, a Zarr group of PDEArena, or a folder of CFDBench cases. A damaged, foreign or
+    missing one raises :class:`RequestError`.
     """
     from pantarhei.data import layouts
 
     place = Path(path)
     if place.is_dir():
+        if _zarr.is_group(place):
+            return _open_zarr(place)
+        kinds = (".npz", ".zarr", *_HDF5)
+        inside = [p for p in place.iterdir() if p.suffix in kinds and not p.name.startswith(".")]
+        if inside:
+            return concatenate([open_trajectories(file) for file in sorted(inside)])
         if any(place.glob("**/case.json")):
             return layouts.cfdbench(place)
-        files = sorted(p for p in place.iterdir() if p.suffix in (".npz", *_HDF5))
-        if not files:
-            raise RequestError(f"'{path}' holds no .npz, .h5 or .hdf5 file: name another folder.")
-        return concatenate([open_trajectories(file) for file in files])
+        raise RequestError(f"'{path}' holds no {_WRITTEN}: name another folder.")
     if not place.exists():
         raise RequestError(f"'{path}' does not exist: check the path.")
     if place.suffix == ".npz":
@@ -346,12 +358,7 @@ def open_trajectories(path: str | os.PathLike[str]) -> Trajectories:
 
 def hdf5() -> Any:
     """Return h5py, or say what to install."""
-    try:
-        return importlib.import_module("h5py")
-    except ImportError as error:
-        raise RequestError(
-            "Reading HDF5 needs h5py: install it with pip install 'pantarhei[fields]'."
-        ) from error
+    return needed("h5py", "HDF5", "fields")
 
 
 def _channels(shape: tuple[int, ...]) -> int:
@@ -396,8 +403,8 @@ def _masks(mask: NDArray[Any], space: int) -> NDArray[np.bool_]:
 
 
 def _described(meta: Any) -> dict[str, Any]:
-    """Return the fields that ``meta`` holds, checked."""
-    found = json.loads(meta)
+    """Return the fields that ``meta`` holds, checked; text, or what it stands for."""
+    found = json.loads(meta) if isinstance(meta, str | bytes) else meta
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError("its meta does not say that these are trajectories")
     if found.get("version") != VERSION:
@@ -434,9 +441,12 @@ def _assembled(arrays: Mapping[str, Any], meta: dict[str, Any]) -> Trajectories:
     )
 
 
+_ARRAYS = ("states", "parameters", "mask", "lengths")
+
+
 def _open_npz(path: Path) -> Trajectories:
     with guarded(path):
-        names = ("states", "meta", "parameters", "mask", "lengths")
+        names = ("meta", *_ARRAYS)
         with zipfile.ZipFile(path) as archive:
             inside = [name for name in names if f"{name}.npy" in archive.namelist()]
         if not {"states", "meta"} <= set(inside):
@@ -475,9 +485,19 @@ def _mapped(path: Path, member: str) -> NDArray[Any]:
 
 
 def _open_hdf5(path: Path, file: Any) -> Trajectories:
-    inside = [n for n in ("states", "parameters", "mask", "lengths") if n in file]
-    arrays = {name: dataset(file, name) for name in inside}
+    arrays = {name: dataset(file, name) for name in _ARRAYS if name in file}
     return _assembled(arrays, _described(file.attrs["meta"]))
+
+
+def _open_zarr(path: Path) -> Trajectories:
+    from pantarhei.data import layouts
+
+    with guarded(path):
+        group = _zarr.Group(path)
+        if "meta" not in group.attributes:
+            return layouts.read_pdearena_zarr(path, group)
+        arrays = {name: group[name] for name in _ARRAYS if name in group}
+        return _assembled(arrays, _described(group.attributes["meta"]))
 
 
 def dataset(group: Any, name: str) -> Any:

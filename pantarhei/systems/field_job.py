@@ -20,10 +20,13 @@ from pantarhei.files import atomic
 from pantarhei.outcome import Outcome
 from pantarhei.rollout import correlation, correlation_time, nrmse, persistence, rollout
 from pantarhei.systems._field_figures import animate, error_figure, frames_figure
-from pantarhei.systems.forecaster import FieldForecaster, build
+from pantarhei.systems.flow.surrogate import inputs_of
+from pantarhei.systems.forecaster import FieldForecaster, Given, build
+from pantarhei.systems.parameters import ParameterScale
+from pantarhei.systems.told import POINTS, Told
 
 Array = NDArray[np.float32]
-MODELS = ("sinenet", "unet", "dil-resnet", "fno", "ffno")
+MODELS = ("sinenet", "unet", "dil-resnet", "fno", "ffno", *POINTS)
 _LEAST = 1e-3  # of a channel's standard deviation: members that agree are not certain
 
 
@@ -44,6 +47,7 @@ class Plan:
     seed: int
     device: str
     quiet: bool
+    tell: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,20 @@ class Parts:
     held: Trajectories
     test: NDArray[np.int64]
     horizon: int
+    columns: tuple[int, ...]  # of the parameters that the models are told
+    mask: bool  # whether they are told where the fluid is
+
+    @property
+    def given(self) -> tuple[Given, ...]:
+        """What stands beside the frames in a batch."""
+        parts: tuple[tuple[Given, Any], ...] = (("parameters", self.columns), ("mask", self.mask))
+        return tuple(name for name, there in parts if there)
+
+    @property
+    def told(self) -> str:
+        """What the models are told beside the frames, in words."""
+        names = [self.data.parameter_names[column] for column in self.columns]
+        return ", ".join(names + ["mask"] * self.mask) or "nothing but the frames"
 
 
 def forecast(
@@ -69,11 +87,14 @@ def forecast(
             )
     parts = _parts(path, test, plan)
     horizon = parts.horizon
-    ensembles = {name: _train(name, parts, plan) for name in dict.fromkeys((model, *baselines))}
+    # all are made before the first is trained: what does not fit is said at once
+    made = {name: _members(name, parts, plan) for name in dict.fromkeys((model, *baselines))}
+    ensembles = {name: _train(name, members, parts, plan) for name, members in made.items()}
     one = ensembles[model][0]
     truth = parts.held.tensor(parts.test, plan.history, plan.history + horizon).numpy()
     start = parts.held.tensor(parts.test, 0, plan.history)
-    told = {name: _run(group, start, horizon) for name, group in ensembles.items()}
+    given = one.told(parts.held, parts.test)
+    told = {name: _run(group, start, horizon, given) for name, group in ensembles.items()}
     told |= _naive(start, horizon, one)
     errors = {name: _error(found.mean(0), truth, one) for name, found in told.items()}
     low, high, covered = _intervals(ensembles[model], parts, told[model], truth, plan)
@@ -93,6 +114,7 @@ def forecast(
             "calibrated on": len(parts.validation),
             "tested on": len(parts.test),
             "members": plan.members,
+            "models are told": parts.told,
             f"intervals meant to cover {plan.coverage:.0%} cover": f"{covered.mean():.1%}",
         },
         {"errors": curves},
@@ -109,14 +131,15 @@ def forecast(
 
 
 def _parts(path: str, test: str | None, plan: Plan) -> Parts:
-    if path.lower().endswith((".csv", ".csv.gz", ".tsv")):
+    if path.lower().endswith((".csv", ".csv.gz", ".tsv", ".parquet", ".pq")):
         raise RequestError(
             f"'{path}' is a table: forecast it with pantarhei forecast-series {path} --target NAME."
         )
     data = open_trajectories(path)
     if len(data.shape) < 4:
         raise RequestError(
-            f"'{path}' holds series without a grid, (case, time, channel): forecast a CSV of them."
+            f"'{path}' holds series without a grid, (case, time, channel): "
+            "forecast a table of them with pantarhei forecast-series."
         )
     if len(data) < (2 if test else 3):
         raise RequestError(
@@ -145,15 +168,61 @@ def _parts(path: str, test: str | None, plan: Plan) -> Parts:
         tested = np.arange(len(held))
     else:
         train, validation, tested = split(len(data), (0.7, 0.1, 0.2), plan.seed)
-    return Parts(data, train, validation, held, tested[: plan.cases], horizon)
+    columns, mask = _worth_telling(data, train) if plan.tell else ((), False)
+    if columns and held.parameter_names != data.parameter_names:
+        raise RequestError(
+            f"The cases of '{path}' have the parameters {', '.join(data.parameter_names)}, and "
+            f"those of '{test}' {', '.join(held.parameter_names) or 'none'}: give the same, or "
+            "--no-tell."
+        )
+    return Parts(data, train, validation, held, tested[: plan.cases], horizon, columns, mask)
 
 
-def _model(name: str, data: Trajectories, plan: Plan) -> nn.Module:
-    fields, space = data.shape[2], data.shape[3:]
+def _worth_telling(data: Trajectories, train: NDArray[np.int64]) -> tuple[tuple[int, ...], bool]:
+    """Return the columns of parameters that differ among the training cases, and if a mask does.
+
+    Of a simulator's the problem's own; a mask that is one everywhere says nothing.
+    """
+    columns: tuple[int, ...] = ()
+    if data.parameters is not None:
+        own, table = inputs_of(data), data.parameters[train]
+        columns = tuple(
+            i
+            for i, name in enumerate(data.parameter_names)
+            if name in own and np.ptp(table[:, i]) > 1e-9 * np.abs(table[:, i]).max()
+        )
+    return columns, data.mask is not None and not data.masks()[train].all()
+
+
+def _model(name: str, parts: Parts, plan: Plan) -> nn.Module:
+    net, arguments = _arguments(name, parts, plan)
+    if not parts.given and net not in POINTS:
+        return build(net, **arguments)
+    told = Told(net, parts.columns, parts.mask, as_channels=name == "unet", **arguments)
+    if parts.columns:
+        assert parts.data.parameters is not None
+        table = parts.data.parameters[parts.train]
+        told.scale = ParameterScale.of(table[:, parts.columns])
+    return told
+
+
+def _arguments(name: str, parts: Parts, plan: Plan) -> tuple[str, dict[str, Any]]:
+    """Return the name of a network to build, and its arguments without what it is told."""
+    fields, space = parts.data.shape[2], parts.data.shape[3:]
     inputs = fields * plan.history
+    if name in POINTS:
+        if len(space) != 2 or (name == "auto-edeeponet" and not parts.columns):
+            raise RequestError(
+                f"{name} forecasts fields on two axes"
+                f"{' of cases with parameters' if name == 'auto-edeeponet' else ''}: these have "
+                f"{len(space)} axes, and {len(parts.columns)} parameters that differ."
+            )
+        return name, {"channels": fields, "grid": space, "history": plan.history}
     if name in ("sinenet", "unet"):
-        from pantarhei.systems.sinenet import SineNet, parameter_count, unet
+        from pantarhei.systems.sinenet import multiplier, parameter_count
 
+        # what tells a SineNet comes on top of its size; a U-Net's further channels are a part of it
+        seen = inputs + (len(parts.columns) + parts.mask) * (name == "unet")
         shape: dict[str, Any] = {
             # the coarsest level keeps four cells along the shortest axis
             "levels": max(1, min(4, int(math.log2(min(space) / 4)))),
@@ -165,36 +234,48 @@ def _model(name: str, data: Trajectories, plan: Plan) -> nn.Module:
         widths = [
             width
             for width in (4, 8, 12, 16, 24, 32, 48, 64)
-            if parameter_count(inputs, fields, 1.4, width=width, **shape) <= plan.parameters
+            if parameter_count(seen, fields, 1.4, width=width, **shape) <= plan.parameters
         ]
         if not widths:
-            least = parameter_count(inputs, fields, 1.4, width=4, **shape)
+            least = parameter_count(seen, fields, 1.4, width=4, **shape)
             raise RequestError(
                 f"--parameters {plan.parameters} are too few for a {name} of this grid: give "
                 f"{least} or more."
             )
-        shape |= {"width": widths[-1], "param_budget": plan.parameters, "padding": plan.padding}
-        kind = SineNet if name == "sinenet" else unet
-        return kind(inputs, fields, **shape)
-    small = {"space": len(space)}
-    if name == "fno":
-        return build("fno", in_ch=inputs, out_ch=fields, width=20, modes=min(space) // 3, **small)
-    if name == "ffno":
-        return build(
-            "ffno", in_ch=inputs, out_ch=fields, width=48, modes=min(space) // 3, layers=8, **small
-        )
-    return build(name, in_ch=inputs, out_ch=fields, width=32, **small)
+        shape["width"] = widths[-1]
+        return "sinenet", {
+            "in_ch": inputs, "out_ch": fields, "padding": plan.padding,
+            "mult": multiplier(seen, fields, plan.parameters, **shape),
+            "wave_residual": name == "sinenet", **shape,
+        }  # fmt: skip
+    sizes: dict[str, dict[str, Any]] = {
+        "dil-resnet": {"width": 32, "padding": plan.padding},
+        "fno": {"width": 20, "modes": min(space) // 3},
+        "ffno": {"width": 48, "modes": min(space) // 3, "layers": 8},
+    }
+    return name, {"in_ch": inputs, "out_ch": fields, "space": len(space), **sizes[name]}
 
 
-def _train(name: str, parts: Parts, plan: Plan) -> list[FieldForecaster]:
-    group = []
+def _members(name: str, parts: Parts, plan: Plan) -> list[nn.Module]:
+    made = []
     for member in range(plan.members):
         with torch.random.fork_rng():
             torch.manual_seed(plan.seed + member)
-            model = _model(name, parts.data, plan)
+            model = _model(name, parts, plan)
         if len(parts.data.shape) == 5 and name in ("sinenet", "unet", "dil-resnet"):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        one = FieldForecaster.of(model, parts.data, parts.train, history=plan.history)
+        made.append(model)
+    return made
+
+
+def _train(
+    name: str, members: Sequence[nn.Module], parts: Parts, plan: Plan
+) -> list[FieldForecaster]:
+    group = []
+    for member, model in enumerate(members):
+        one = FieldForecaster.of(
+            model, parts.data, parts.train, history=plan.history, given=parts.given
+        )
         windows = sum(max(0, parts.data.length(int(c)) - plan.history) for c in parts.train)
         one.train(
             parts.data,
@@ -214,13 +295,15 @@ def _train(name: str, parts: Parts, plan: Plan) -> list[FieldForecaster]:
     return group
 
 
-def _run(group: Sequence[FieldForecaster], start: Tensor, steps: int) -> Array:
+def _run(
+    group: Sequence[FieldForecaster], start: Tensor, steps: int, given: Sequence[Tensor]
+) -> Array:
     """Return the members' forecasts in physical units, (members, case, step, C, *space)."""
     found = np.full((len(group), len(start), steps, *start.shape[2:]), np.nan, np.float32)
     for member, one in zip(found, group, strict=True):
         for first in range(0, len(start), 32):
             some = slice(first, first + 32)
-            kept = one.forecast(start[some], steps).kept.numpy()
+            kept = one.forecast(start[some], steps, *(t[some] for t in given)).kept.numpy()
             member[some, : kept.shape[1]] = kept
     return found
 
@@ -267,7 +350,8 @@ def _intervals(
         spread = found.std(0, ddof=1) if len(found) > 1 else np.zeros_like(found[0])
         return found.mean(0), spread + floor
 
-    mean, spread = centre(_run(group, start, parts.horizon))
+    given = group[0].told(parts.data, cases)
+    mean, spread = centre(_run(group, start, parts.horizon, given))
     scores = np.moveaxis(np.abs(known - mean) / spread, (1, 2), (0, 1))
     q = np.nanquantile(scores.reshape(*scores.shape[:2], -1), plan.coverage, axis=2)
     mean, spread = centre(told)

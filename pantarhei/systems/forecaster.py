@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,24 +20,25 @@ from torch import Tensor, nn
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.data.windows import Statistics, Windows
 from pantarhei.errors import RequestError, nearest
-from pantarhei.files import atomic, read_json, write_json
 from pantarhei.fit import Fit, chosen_device, fit
 from pantarhei.rollout import Forecast, Metric, correlation, forecast_loss, relative_l2, rollout
+from pantarhei.systems import _saved
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Cases = Sequence[int] | NDArray[Any]
 
+Given = Literal["parameters", "mask"]
 MODELS = {
     "sinenet": "pantarhei.systems.sinenet:SineNet",
     "dil-resnet": "pantarhei.systems.dilated_resnet:DilatedResNet",
     "fno": "pantarhei.systems.fno:FNO",
     "ffno": "pantarhei.systems.fno:FactorizedFNO",
+    "told": "pantarhei.systems.told:Told",
 }
 """Models that a saved forecaster is rebuilt from by name; a new one is a line here."""
 
-_WEIGHTS, _DESCRIPTION = "weights.safetensors", "forecaster.json"
 _BATCH = 32
 
 
@@ -64,7 +64,7 @@ class FieldForecaster:
     history: int
     channels: tuple[str, ...]
     dt: float
-    given: tuple[Literal["parameters", "mask"], ...] = ()
+    given: tuple[Given, ...] = ()
 
     @classmethod
     def of(
@@ -74,7 +74,7 @@ class FieldForecaster:
         training: Cases,
         *,
         history: int,
-        given: Sequence[Literal["parameters", "mask"]] = (),
+        given: Sequence[Given] = (),
     ) -> FieldForecaster:
         """Measure the statistics of the training cases for a model that is yet to be trained."""
         statistics = Statistics.of(data, training)
@@ -155,7 +155,7 @@ class FieldForecaster:
         self._check(data)
         steps = data.shape[1] - self.history if steps is None else steps
         states = data.tensor(cases, 0, self.history + steps, repeat_last=True)
-        told = self._told(data, cases)
+        told = self.told(data, cases)
         chosen = metrics or {"relative_l2": relative_l2, "correlation": correlation}
         parts = []
         for first in range(0, len(states), _BATCH):
@@ -193,57 +193,39 @@ class FieldForecaster:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the weights and everything else to a new folder."""
-        from safetensors.torch import save_file
-
-        place = Path(folder)
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise RequestError(f"'{folder}' is there already: name a new folder.")
         kind = f"{type(self.model).__module__}:{type(self.model).__qualname__}"
         known = {path: name for name, path in MODELS.items()}
-        with atomic(place / _WEIGHTS) as temporary:
-            weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-            save_file(weights, temporary)
-        write_json(
-            place / _DESCRIPTION,
-            {
-                "model": known.get(kind),
-                "arguments": getattr(self.model, "arguments", None) if kind in known else None,
-                "statistics": self.statistics.to_json(),
-                "history": self.history,
-                "channels": self.channels,
-                "dt": self.dt,
-                "given": self.given,
-            },
-        )
+        about = {
+            "model": known.get(kind),
+            "arguments": getattr(self.model, "arguments", None) if kind in known else None,
+            "statistics": self.statistics.to_json(),
+            "history": self.history,
+            "channels": self.channels,
+            "dt": self.dt,
+            "given": self.given,
+        }
+        _saved.save(_saved.new_folder(folder), "forecaster", self.model.state_dict(), about)
 
     @classmethod
     def load(
         cls, folder: str | os.PathLike[str], model: nn.Module | None = None
     ) -> FieldForecaster:
         """Read a saved forecaster; one around a model of your own needs that ``model`` again."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        place = Path(folder)
-        found = read_json(place / _DESCRIPTION)
-        try:
-            if model is None:
-                if found["model"] is None:
-                    raise RequestError(
-                        f"'{folder}' was saved around a model that this library does not build: "
-                        "give it as model=."
-                    )
-                model = build(found["model"], **found["arguments"])
-            model.load_state_dict(load_file(place / _WEIGHTS))
+        def restore(about: dict[str, Any], tensors: dict[str, Tensor]) -> FieldForecaster:
+            if model is None and about["model"] is None:
+                raise RequestError(
+                    f"'{folder}' was saved around a model that this library does not build: "
+                    "give it as model=."
+                )
+            made = build(about["model"], **about["arguments"]) if model is None else model
+            made.load_state_dict(tensors)
             return cls(
-                model.eval(), Statistics.from_json(found["statistics"]), int(found["history"]),
-                tuple(found["channels"]), float(found["dt"]), tuple(found["given"]),
+                made.eval(), Statistics.from_json(about["statistics"]), int(about["history"]),
+                tuple(about["channels"]), float(about["dt"]), tuple(about["given"]),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RequestError):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise RequestError(f"'{folder}' is not a saved forecaster ({reason}).") from error
+
+        return _saved.load(folder, "forecaster", restore)
 
     def _check(self, data: Trajectories) -> None:
         if data.channels != self.channels or not math.isclose(data.dt, self.dt, rel_tol=1e-3):
@@ -252,7 +234,8 @@ class FieldForecaster:
                 f"{data.channels} at dt {data.dt:g}."
             )
 
-    def _told(self, data: Trajectories, cases: Cases) -> list[Tensor]:
+    def told(self, data: Trajectories, cases: Cases) -> list[Tensor]:
+        """Return what the model is told of these cases, for :meth:`forecast`."""
         chosen = [int(case) for case in cases]
         parts = {"parameters": data.parameters, "mask": data.masks()}
         told = []

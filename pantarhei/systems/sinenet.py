@@ -166,7 +166,12 @@ class SineNet(nn.Module):
     def forward(
         self, x: Tensor, conditions: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Return the next fields; ``conditions`` (B, n) and ``mask`` where the network has them."""
+        """Return the next fields; ``conditions`` (B, n) and ``mask`` where the network has them.
+
+        A network with a mask alone takes it as the second argument, too.
+        """
+        if self.mask and not self.conditions and mask is None:
+            conditions, mask = None, conditions
         self._check(x, conditions, mask)
         size = x.shape[2:]
         if mask is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,6 +18,11 @@ from pantarhei.data.windows import Statistics, Windows, split
 from pantarhei.errors import RequestError
 
 RNG = np.random.default_rng(0)
+FORMATS = [
+    pytest.param(".npz"),
+    pytest.param(".h5", marks=pytest.mark.skipif(not find_spec("h5py"), reason="no h5py")),
+    pytest.param(".zarr", marks=pytest.mark.skipif(not find_spec("zarr"), reason="no zarr")),
+]
 
 
 def example(cases=5, frames=7, channels=2, space=(4, 6), **about):
@@ -34,11 +41,9 @@ def example(cases=5, frames=7, channels=2, space=(4, 6), **about):
     return states, Trajectories.of(states, **about)
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+@pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("space", [(), (9,), (4, 6), (3, 4, 5)])
 def test_what_is_saved_is_what_is_opened(tmp_path, suffix, space):
-    if suffix == ".h5":
-        pytest.importorskip("h5py")
     states, data = example(space=space)
     data.save(tmp_path / f"a{suffix}")
     again = open_trajectories(tmp_path / f"a{suffix}")
@@ -86,20 +91,27 @@ def test_a_folder_of_files_is_one_set(tmp_path):
         tr.concatenate([whole, Trajectories.of(states, channels=("u", "v"), dt=0.5)])
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_a_set_larger_than_memory_is_read_by_slices(tmp_path, suffix):
-    if suffix == ".h5":
+    shape = (1024, 1024, 1, 128, 128)
+    meta = {"format": tr.FORMAT, "version": 1, "dt": 1.0, "channels": ["u"]}
+    # 64 GiB on paper, of which a few chunks were ever written
+    if suffix == ".zarr":
+        group = pytest.importorskip("zarr").open_group(tmp_path / "big.zarr", mode="w")
+        group.attrs["meta"] = meta
+        states = group.create_array(
+            "states", shape=shape, chunks=(1, 1, 1, 128, 128), shards=(1, 128, 1, 128, 128),
+            dtype="f4",
+        )  # fmt: skip
+        states[1000, 500:503] = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
+    elif suffix == ".h5":
         h5py = pytest.importorskip("h5py")
-        # 64 GiB on paper, of which two chunks were ever written
         with h5py.File(tmp_path / "big.h5", "w") as file:
-            shape = (1024, 1024, 1, 128, 128)
             states = file.create_dataset("states", shape, "f4", chunks=(1, 1, 1, 128, 128))
             states[1000, 500:503] = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
-            meta = {"format": tr.FORMAT, "version": 1, "dt": 1.0, "channels": ["u"]}
             file.attrs["meta"] = json.dumps(meta)
     else:
-        # 64 GiB in a sparse file: the array's header, and nothing written behind it
-        shape = (1024, 1024, 1, 128, 128)
+        # a sparse file: the array's header, and nothing written behind it
         sparse_npz(tmp_path / "big.npz", shape, at=(1000, 500), values=(0.0, 1.0, 2.0))
     big = open_trajectories(tmp_path / f"big{suffix}")
     assert big.shape == shape
@@ -369,3 +381,145 @@ def test_without_h5py_one_sentence_says_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(RequestError, match=r"pip install 'pantarhei\[fields\]'"):
         example(cases=2)[1].save(tmp_path / "a.h5")
     assert not list(tmp_path.iterdir())
+
+
+def zarr_set(path, **about):
+    """Save an example as Zarr and return its states."""
+    pytest.importorskip("zarr")
+    states, data = example(cases=3, **about)
+    data.save(path)
+    return states
+
+
+def test_a_case_of_a_zarr_group_that_got_lost_is_refused(tmp_path):
+    states = zarr_set(tmp_path / "a.zarr")
+    (tmp_path / "a.zarr/states/c/1/0/0/0/0").unlink()
+    again = open_trajectories(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(again.frames(2), states[2])
+    with pytest.raises(RequestError, match="Frame 0 of case 1 of 'example' holds a value"):
+        again.frames(1)
+
+
+def test_zarr_of_format_2_is_read(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    states = RNG.normal(size=(2, 5, 1, 4)).astype(np.float32)
+    group.create_array("states", data=states, chunks=(1, 2, 1, 4))
+    meta = {"format": tr.FORMAT, "version": 1, "dt": 0.5, "channels": ["u"]}
+    group.attrs["meta"] = json.dumps(meta)
+    np.testing.assert_array_equal(open_trajectories(tmp_path / "a.zarr").tensor(), states)
+
+
+def test_pdearena_in_zarr(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(tmp_path / "train.zarr", mode="w", zarr_format=2)
+    fields = {name: RNG.normal(size=(3, 20, 1, 4, 6)).astype(np.float32) for name in "uv"}
+    fields["pres"] = RNG.normal(size=(3, 20, 4, 6)).astype(np.float32)
+    for name, values in fields.items():
+        group.create_array(name, data=values, chunks=(1, 5, *values.shape[2:]))
+    group.create_array("time", data=6 * np.arange(20))
+    group["time"].attrs["units"] = "hours since 2000-01-01"
+    whole = open_trajectories(tmp_path / "train.zarr")
+    assert whole.shape == (3, 20, 3, 4, 6) and whole.channels == ("pres", "u", "v")
+    assert whole.dt == 6 and whole.settings == {"time": "hours since 2000-01-01"}
+    np.testing.assert_array_equal(whole.frames(1, 3, 5)[:, 0], fields["pres"][1, 3:5])
+    np.testing.assert_array_equal(whole.frames(1, 3, 5)[:, 2], fields["v"][1, 3:5, 0])
+    two_days = layouts.pdearena_zarr(tmp_path / "train.zarr", first=4, every=8)
+    assert two_days.shape[1] == 2 and two_days.dt == 48
+    np.testing.assert_array_equal(two_days.frames(2)[:, 1], fields["u"][2, [4, 12], 0])
+    with pytest.raises(RequestError, match="there are 20 frames"):
+        layouts.pdearena_zarr(tmp_path / "train.zarr", first=20)
+    group["u"].attrs["scale_factor"] = 0.1
+    with pytest.raises(RequestError, match="are packed"):
+        open_trajectories(tmp_path / "train.zarr")
+    del group["u"].attrs["scale_factor"]
+    group["time"][3] = 17
+    with pytest.raises(RequestError, match="not uniform"):
+        open_trajectories(tmp_path / "train.zarr")
+
+
+def at(*keys, put):
+    """Change JSON in place, where the keys lead."""
+
+    def change(path):
+        value = whole = json.loads(path.read_text())
+        for key in keys[:-1]:
+            value = value[key]
+        value[keys[-1]] = put
+        path.write_text(json.dumps(whole))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "sentence"),
+    [
+        ("states/zarr.json", at("data_type", put="string"), "holds string, not numbers"),
+        ("states/zarr.json", at("codecs", put=[{"name": "pickle"}]), "packed by 'pickle'"),
+        ("states/zarr.json",
+         at("codecs", 0, "configuration", "codecs", 0, "name", put="evil"), "packed by 'evil'"),
+        ("states/zarr.json", at("codecs", put=[7]), ""),
+        ("states/zarr.json",
+         at("codecs", 0, "configuration", "chunk_shape", put=[1, 10**12, 2, 4, 6]), "chunk"),
+        ("states/zarr.json", at("shape", put=[3, 7, 2, 4]), ""),
+        ("states/zarr.json", at("shape", put="many"), ""),
+        ("parameters/zarr.json", at("shape", put=[10**9, 10**9]), "larger than any set has"),
+        ("zarr.json", at("attributes", put=[1]), ""),
+        ("zarr.json", at("attributes", put={"meta": {"format": "mine"}}), "not say that these"),
+        ("zarr.json", at("attributes", put={}), "neither meta nor pres, u and v"),
+        ("zarr.json", lambda path: path.write_text("[1"), ""),
+        ("zarr.json", lambda path: path.write_text("[1]"), "holds no names"),
+        ("states/zarr.json", lambda path: path.unlink(), "states"),
+        ("states/c/0/0/0/0/0", lambda path: path.write_bytes(path.read_bytes()[:50]), ""),
+        ("states/c/0/0/0/0/0", lambda path: path.write_bytes(b""), ""),
+        ("states/c/0/0/0/0/0", lambda path: (path.unlink(), path.symlink_to("/etc/hostname")),
+         "'0' inside is a link"),
+        ("mask", lambda path: path.rename(path.with_name("m")) and path.symlink_to("m"), "a link"),
+        ("pipe", os.mkfifo, "'pipe' inside is a link, or not a file"),
+    ],
+)  # fmt: skip
+def test_hostile_zarr_is_one_sentence(tmp_path, where, change, sentence):
+    zarr_set(tmp_path / "a.zarr")
+    change(tmp_path / "a.zarr" / where)
+    with pytest.raises(RequestError, match=sentence or None) as caught:
+        open_trajectories(tmp_path / "a.zarr").tensor()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_pickle_in_zarr_is_never_run(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    group.attrs["meta"] = {"format": tr.FORMAT, "version": 1, "dt": 1.0, "channels": ["u"]}
+    group.create_array("states", data=np.zeros((1, 2, 1), np.float32))
+    about = tmp_path / "a.zarr" / "states" / ".zarray"
+    for change in ({"filters": [{"id": "pickle", "protocol": 5}]}, {"dtype": "|O"}):
+        about.write_text(json.dumps(json.loads(about.read_text()) | change))
+        with pytest.raises(RequestError, match=r"packed by 'pickle'|not numbers"):
+            open_trajectories(tmp_path / "a.zarr")
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"filters": None}))
+
+
+def test_a_zarr_group_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    states, data = example(cases=3)
+    pytest.importorskip("zarr")
+
+    def torn(case, start, stop):
+        if case == 2:
+            raise OSError("gone")
+        return states[case, start:stop]
+
+    half = Trajectories(states.shape, torn, data.channels, name="flow")
+    with pytest.raises(RequestError, match="case 2 of 'flow' cannot be read"):
+        half.save(tmp_path / "a.zarr")
+    assert not list(tmp_path.iterdir())
+    data.save(tmp_path / "a.zarr")
+    with pytest.raises(RequestError, match="there already"):
+        half.save(tmp_path / "a.zarr")
+    (tmp_path / ".tmp-left.zarr").mkdir()  # of a call that was killed
+    np.testing.assert_array_equal(open_trajectories(tmp_path).tensor(), states)
+    import sys
+
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    for call in (lambda: data.save(tmp_path / "b.zarr"), lambda: open_trajectories(tmp_path)):
+        with pytest.raises(RequestError, match=r"needs zarr: .* 'pantarhei\[fields\]'"):
+            call()

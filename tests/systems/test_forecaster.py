@@ -12,7 +12,7 @@ from torch import nn
 from pantarhei.data.simulate.translation import Translation
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError
-from pantarhei.rollout import persistence, relative_l2, rollout
+from pantarhei.rollout import correlation_time, persistence, radial_spectrum, relative_l2, rollout
 from pantarhei.systems import forecaster as fc
 from pantarhei.systems.fno import FNO
 from pantarhei.systems.forecaster import FieldForecaster, build, warmup_cosine
@@ -123,6 +123,21 @@ def test_the_schedule_of_the_paper():
     assert rates[0] == pytest.approx(1e-7) and rates[5] == 2e-4 == max(rates)
     assert rates[50] == pytest.approx(1e-7) and rates[1] == pytest.approx(1e-7 + (2e-4 - 1e-7) / 5)
     assert factor(5.4 / 50) == factor(5 / 50)
+
+
+def test_correlation_time_and_the_spectrum_of_the_error_as_the_page_says():
+    rng = np.random.default_rng(0)
+    data = Trajectories.of(rng.normal(size=(3, 6, 2, 16, 16)), dt=0.5)
+    made = FieldForecaster.of(SineNet(2, 2, waves=1, width=4, levels=2), data, [0], history=1)
+    found = made.evaluate(
+        data, [1, 2], metrics={"spectrum": lambda p, y: radial_spectrum(p - y)}, keep="all"
+    )
+    gap = found.kept - data.tensor([1, 2])[:, 1:]
+    torch.testing.assert_close(  # Parseval: every scale of the error is there
+        found.scores["spectrum"].sum(-1), gap.square().mean((3, 4))
+    )
+    alike = made.evaluate(data, [1, 2]).scores["correlation"].mean(2)
+    assert (correlation_time(alike, data.dt) < data.dt).all()  # noise is not forecast at all
 
 
 def test_wrong_requests_are_one_sentence(tmp_path):

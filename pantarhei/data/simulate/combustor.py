@@ -162,6 +162,26 @@ def combustor(
     return Simulation(recordings, growth)
 
 
+@dataclass(frozen=True)
+class Combustor:
+    """The settings of :func:`combustor`, for sets of runs that are written to a folder.
+
+    >>> [run.name for run in Combustor(seconds=0.5).simulate(range(3, 5))]
+    ['run003', 'run004']
+    """
+
+    seconds: float = 40.0
+    f0: float = 1000.0
+    base: float = -22.0
+
+    def simulate(
+        self, cases: Sequence[int], seed: int = 0, device: object = "cpu"
+    ) -> tuple[Recording, ...]:
+        """Return the runs of consecutive numbers ``cases``; always made on the CPU."""
+        made = combustor(len(cases), self.seconds, seed, first=cases[0], f0=self.f0, base=self.base)
+        return made.recordings
+
+
 def limit_cycle(growth: float, kappa: float = KAPPA) -> float:
     """Return the amplitude of the noiseless oscillation, bar: 0 where it is damped.
 

@@ -13,6 +13,7 @@ class Format(StrEnum):
 
     npz = "npz"
     h5 = "h5"
+    zarr = "zarr"
 
 
 def simulate(
@@ -25,13 +26,13 @@ def simulate(
     shard: Annotated[int, typer.Option(help="Trajectories in a file.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Of the random starts.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    format: Annotated[Format, typer.Option(help="h5 needs h5py.")] = Format.npz,
+    format: Annotated[Format, typer.Option(help="h5 needs h5py, zarr zarr.")] = Format.npz,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeat.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Simulate trajectories of a flow; called again, it goes on with what is missing."""
+    """Simulate flows, or runs of a combustor; called again, it goes on with what is missing."""
     import torch
 
     from pantarhei import report
@@ -61,4 +62,4 @@ def simulate(
     if json:
         report.emit_json({"simulator": name, "cases": cases, "files": [str(f) for f in files]})
     else:
-        report.emit(f"{cases} trajectories of {name} are in {out}, {len(files)} files.")
+        report.emit(f"{cases} cases of {name} are in {out}, {len(files)} files.")

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pantarhei.data.simulate import generators, simulated
-from pantarhei.data.simulate.poisson import solve_neumann
+from pantarhei.data.simulate.poisson import Laplacian
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError
 
@@ -130,7 +130,8 @@ class Smoke:
         # in float64: differences of a pressure in float32 leave a divergence of 1e-3 on 128 cells
         kind = u.dtype
         u, v = F.pad(u.double()[:, :, 1:-1], (1, 1)), F.pad(v.double()[:, 1:-1], (0, 0, 1, 1))
-        p = solve_neumann(divergence(u, v, self.dx), self.dx)
+        dx = u.new_tensor([self.dx])
+        p = Laplacian((self.size, self.size), dx, dx).solve(divergence(u, v, self.dx))
         u = u - F.pad((p[:, :, 1:] - p[:, :, :-1]) / self.dx, (1, 1))
         v = v - F.pad((p[:, 1:] - p[:, :-1]) / self.dx, (0, 0, 1, 1))
         return u.to(kind), v.to(kind)

@@ -1,4 +1,4 @@
-"""Writing whole sets of simulated trajectories: in shards, resumable, the same on every machine."""
+"""Writing whole sets of simulations: in shards, resumable, the same on every machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from pantarhei.data.recordings import write_recording
 from pantarhei.data.simulate import Simulator
+from pantarhei.data.simulate.combustor import Combustor
 from pantarhei.errors import RequestError, nearest
 from pantarhei.files import read_json, write_json
 from pantarhei.progress import progress
@@ -24,11 +26,12 @@ SIMULATORS = {
     "cylinder": "pantarhei.data.simulate.flow.simulators:Cylinder",
     "tube": "pantarhei.data.simulate.flow.simulators:Tube",
     "dam": "pantarhei.data.simulate.flow.simulators:Dam",
+    "combustor": "pantarhei.data.simulate.combustor:Combustor",
 }
-"""Where each simulator of trajectories lies; a new one is a line here."""
+"""Where each simulator lies; a new one is a line here."""
 
 
-def simulator(name: str, changes: Mapping[str, Any] | None = None) -> Simulator:
+def simulator(name: str, changes: Mapping[str, Any] | None = None) -> Any:
     """Make a simulator by name, with its own settings but for ``changes`` (values may be text).
 
     >>> simulator("smoke", {"size": "32"}).size
@@ -50,12 +53,11 @@ def simulator(name: str, changes: Mapping[str, Any] | None = None) -> Simulator:
                 f"{nearest(key, defaults)}"
             )
         settings[key] = parse_setting(key, value, defaults[key])
-    found: Simulator = made(**settings)
-    return found
+    return made(**settings)
 
 
 def write(
-    simulation: Simulator,
+    simulation: Simulator | Combustor,
     folder: str | os.PathLike[str],
     cases: int,
     *,
@@ -67,9 +69,11 @@ def write(
 ) -> list[Path]:
     """Simulate ``cases`` cases into ``folder``, ``shard`` of them a file; return the files.
 
-    A shard appears whole or not at all, so that a killed call that is made again goes on with the
-    shards that are missing; one with other settings, another seed or another number of cases is
-    refused. :func:`pantarhei.data.trajectories.open_trajectories` opens the folder as one set.
+    A file appears whole or not at all, so that a killed call that is made again goes on with those
+    that are missing; one with other settings, another seed or another number of cases is refused.
+    :func:`pantarhei.data.trajectories.open_trajectories` opens the folder as one set. Recordings
+    of sensors are a file each, ``.npz`` alone, and simulated ``shard`` together;
+    :func:`pantarhei.data.recordings.read_recordings` reads them.
 
     Raises :class:`RequestError` for a folder that holds something else, and for wrong numbers.
     """
@@ -78,8 +82,10 @@ def write(
             f"cases={cases}, shard={shard}, seed={seed}: simulate 1 case or more, 1 or more a "
             "file, from a seed that is not negative."
         )
-    if suffix not in (".npz", ".h5"):
-        raise RequestError(f"Trajectories are written as .npz or .h5, not '{suffix}'.")
+    if suffix not in (".npz", ".h5", ".zarr"):
+        raise RequestError(f"Trajectories are written as .npz, .h5 or .zarr, not '{suffix}'.")
+    if isinstance(simulation, Combustor) and suffix != ".npz":
+        raise RequestError(f"Recordings are written as .npz, not '{suffix}'.")
     place = Path(folder)
     settings: Any = simulation
     config = {
@@ -91,13 +97,27 @@ def write(
         "suffix": suffix,
     }
     _claim(place, config)
-    files = [place / f"cases-{first:06d}{suffix}" for first in range(0, cases, shard)]
+    files = []
     with progress(cases, "simulating", quiet) as bar:
-        for number, file in enumerate(files):
-            chosen = range(number * shard, min((number + 1) * shard, cases))
-            if not file.exists():
-                simulation.simulate(chosen, seed, device).save(file)
+        for first in range(0, cases, shard):
+            chosen = range(first, min(first + shard, cases))
+            if isinstance(simulation, Combustor):
+                files += _write_runs(simulation, place, chosen, seed)
+            else:
+                files.append(place / f"cases-{first:06d}{suffix}")
+                if not files[-1].exists():
+                    simulation.simulate(chosen, seed, device).save(files[-1])
             bar.advance(len(chosen))
+    return files
+
+
+def _write_runs(simulation: Combustor, place: Path, chosen: range, seed: int) -> list[Path]:
+    files = [place / f"run-{case:06d}.npz" for case in chosen]
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        for file, recording in zip(files, simulation.simulate(chosen, seed), strict=True):
+            if file in missing:
+                write_recording(recording, file)
     return files
 
 

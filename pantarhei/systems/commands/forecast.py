@@ -16,10 +16,16 @@ def forecast(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="TRAIN_DATA", help="Trajectories: .npz, .h5, or a folder of such files."
+            metavar="TRAIN_DATA", help="Trajectories: .npz, .h5, .zarr, or a folder of such."
         ),
     ],
-    model: Annotated[str, typer.Option(help="sinenet, unet, dil-resnet, fno or ffno.")] = "sinenet",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="sinenet, unet, dil-resnet, fno, ffno; auto-deeponet, auto-edeeponet, "
+            "auto-deeponet-cnn or auto-ffn."
+        ),
+    ] = "sinenet",
     baseline: Names = None,
     horizon: Annotated[
         int | None, typer.Option(help="Frames to forecast; all that the tests hold by default.")
@@ -36,6 +42,9 @@ def forecast(
     padding: Annotated[
         str, typer.Option(help="Beyond the grid: zeros, or circular for periodic fields.")
     ] = "zeros",
+    tell: Annotated[
+        bool, typer.Option(help="Tell the models the cases' parameters and masks, where they are.")
+    ] = True,
     coverage: Annotated[float, typer.Option(help="Share that the intervals should cover.")] = 0.9,
     cases: Annotated[int, typer.Option(help="Test trajectories at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
@@ -60,6 +69,6 @@ def forecast(
         raise RequestError(f"--padding '{padding}' is unknown: choose zeros or circular.")
     plan = field_job.Plan(
         horizon, history, members, steps, batch_size, lr, parameters, padding, coverage, cases,
-        seed, device, json,
+        seed, device, json, tell,
     )  # fmt: skip
     deliver(field_job.forecast(data, test, model, baseline or [], plan), out, json)

@@ -9,7 +9,7 @@ import typer
 
 def forecast_series(
     data: Annotated[
-        list[str], typer.Argument(help="CSV or NPZ files, one for each run, or folders of them.")
+        list[str], typer.Argument(help="CSV, Parquet or NPZ: a file for each run, or folders.")
     ],
     target: Annotated[str, typer.Option(help="The column to forecast.")],
     control: Annotated[
@@ -22,7 +22,7 @@ def forecast_series(
     ignore: Annotated[list[str] | None, typer.Option(help="A column to leave out; repeat.")] = None,
     time: Annotated[str, typer.Option(help="The column of times: seconds, or ISO dates.")] = "time",
     run: Annotated[
-        str | None, typer.Option(help="A column that tells runs in one CSV apart.")
+        str | None, typer.Option(help="A column that tells runs in one table apart.")
     ] = None,
     step: Annotated[
         float | None, typer.Option(help="Seconds of a frame; the target's interval unless given.")

@@ -57,6 +57,7 @@ EventList = Annotated[
 Column = Annotated[str | None, typer.Option(help="Its column: a name of the header, or 0, 1, ...")]
 Folder = Annotated[str, typer.Argument(help="A folder that `graph-forecast train` made.")]
 Top = Annotated[int, typer.Option(help="How many edges to predict.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Out = Annotated[str | None, typer.Option(help="A new folder for what is found.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -101,6 +102,7 @@ def train(
     target: Column = None,
     time: Column = None,
     label: Column = None,
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the random numbers.", min=0)] = 0,
     out: Out = None,
     json: Json = False,
@@ -134,6 +136,7 @@ def train(
         sampling=sampling.value,
         negatives_per_edge=negatives,
         top=top,
+        device=device,
         seed=seed,
         quiet=json,
     )
@@ -150,6 +153,7 @@ def evaluate(
     target: Column = None,
     time: Column = None,
     label: Column = None,
+    device: Device = "auto",
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -158,7 +162,7 @@ def evaluate(
     from pantarhei.systems.evolving_graphs import job
 
     outcome.check_out(out)
-    found = job.judge(_events(events, source, target, time, label), folder)
+    found = job.judge(_events(events, source, target, time, label), folder, device)
     outcome.deliver(found, out, json)
 
 
@@ -171,6 +175,7 @@ def predict(
     target: Column = None,
     time: Column = None,
     label: Column = None,
+    device: Device = "auto",
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -179,7 +184,7 @@ def predict(
     from pantarhei.systems.evolving_graphs import job
 
     outcome.check_out(out)
-    found = job.predict(_events(events, source, target, time, label), folder, top)
+    found = job.predict(_events(events, source, target, time, label), folder, top, device)
     outcome.deliver(found, out, json)
 
 

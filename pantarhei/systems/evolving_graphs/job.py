@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pantarhei.data.events import Events, Snapshots, Split, snapshots
 from pantarhei.errors import RequestError, nearest
-from pantarhei.files import atomic, read_json, write_json
+from pantarhei.fit import chosen_device
 from pantarhei.outcome import Outcome
+from pantarhei.systems import _saved
 from pantarhei.systems.evolving_graphs import (
     MODELS,
     BlockScores,
@@ -35,7 +35,7 @@ from pantarhei.systems.evolving_graphs.graphs import rows_of
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _BINS = 50  # that the time is cut into unless a width is given
-_FILES = ("forecaster.json", "forecaster.safetensors")
+_WEIGHTS = "forecaster.safetensors"
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def learn(
     head_hidden: int = 64,
     degree_cap: int = 64,
     top: int = 100,
+    device: str = "auto",
     seed: int = 0,
     **training: Any,
 ) -> Learned:
@@ -107,11 +108,12 @@ def learn(
             raise RequestError(
                 f"'{name}' is not a model: choose {', '.join(MODELS)}.{nearest(name, MODELS)}"
             )
+    where = chosen_device(device)
     span = float(events.time[-1] - events.time[0])
     width = seconds(bin) if bin else (span / _BINS or 1.0)
     graph = snapshots(events, width, symmetric=symmetric)
-    cap = degree_cap or None
-    problem = Problem.of(graph, task, window=window, degree_cap=cap)  # type: ignore[arg-type]
+    told: Any = task
+    problem = Problem.of(graph, told, window=window, degree_cap=degree_cap or None, device=where)
     found: dict[str, Trained] = {}
     for name in dict.fromkeys((model, *against)):
         found[name] = train(
@@ -146,10 +148,10 @@ def _told(found: Mapping[str, Trained], model: str, problem: Problem, top: int) 
     return Outcome(f"{problem.task} on {graph.name}, {len(test)} test steps", rows, facts, curves)
 
 
-def judge(events: Events, folder: str) -> Outcome:
+def judge(events: Events, folder: str, device: str = "auto") -> Outcome:
     """Measure a saved forecaster on events, over every snapshot with a full window before it."""
-    forecaster, settings = _load(Path(folder))
-    problem = _prepared(events, settings)
+    forecaster, settings = _load(folder)
+    problem = _prepared(events, settings, forecaster, device)
     graph = problem.snapshots
     steps = range(settings.window, len(graph))
     if not problem.told(steps):
@@ -168,14 +170,14 @@ def judge(events: Events, folder: str) -> Outcome:
     return Outcome(f"{settings.task} on {events.name}", rows, facts, {"snapshots": _sizes(graph)})
 
 
-def predict(events: Events, folder: str, top: int = 100) -> Outcome:
+def predict(events: Events, folder: str, top: int = 100, device: str = "auto") -> Outcome:
     """Predict the edges of the snapshot that follows the events, best first."""
-    forecaster, settings = _load(Path(folder))
+    forecaster, settings = _load(folder)
     if settings.task != "link":
         raise RequestError(
             f"'{folder}' holds a forecaster of {settings.task} labels, not of links."
         )
-    problem = _prepared(events, settings)
+    problem = _prepared(events, settings, forecaster, device)
     graph = problem.snapshots
     rows = next_edges(forecaster, problem, top)
     begin = graph.start + len(graph) * graph.width
@@ -211,14 +213,16 @@ def next_edges(forecaster: Forecaster, problem: Problem, top: int) -> list[dict[
 def _best_pairs(scores: BlockScores, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best scores between different listed nodes, and the rows of both ends."""
     count = len(scores.counts) - 1  # without the row of all others
-    best, place = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    device = scores.counts.device
+    best = torch.zeros(0, device=device)
+    place = torch.zeros(0, dtype=torch.int64, device=device)
     step = max(1, 2**22 // (count + 1))
     for start in range(0, count, step):
         block = scores.block(start, min(start + step, count))[:, :count].clone()
-        line = torch.arange(len(block))
+        line = torch.arange(len(block), device=device)
         block[line, line + start] = -math.inf
         both = torch.cat([best, block.flatten()])
-        where = torch.cat([place, torch.arange(block.numel()) + start * count])
+        where = torch.cat([place, torch.arange(block.numel(), device=device) + start * count])
         best, chosen = both.topk(min(top, len(both)))
         place = where[chosen]
     kept = torch.isfinite(best)
@@ -274,8 +278,10 @@ def _sizes(graph: Snapshots) -> list[dict[str, Any]]:
     ]
 
 
-def _prepared(events: Events, settings: Settings) -> Problem:
-    """Cut events as they were cut for the training."""
+def _prepared(events: Events, settings: Settings, forecaster: Forecaster, device: str) -> Problem:
+    """Cut events as they were cut for the training, and bring the forecaster to the device."""
+    where = chosen_device(device)
+    forecaster.to(where)
     graph = snapshots(events, settings.bin, symmetric=settings.symmetric)
     if settings.task == "edge" and graph.classes != settings.classes:
         raise RequestError(
@@ -288,31 +294,23 @@ def _prepared(events: Events, settings: Settings) -> Problem:
         window=settings.window,
         parts=Split(range(0), range(0), range(0)),
         width=settings.width,
+        device=where,
     )
 
 
 def save(learned: Learned, folder: str | Path) -> None:
     """Keep a forecaster in a folder, for :func:`judge` and :func:`predict`."""
-    folder = Path(folder)
-    tensors = {name: t.contiguous() for name, t in learned.forecaster.state_dict().items()}
-    with atomic(folder / _FILES[1]) as temporary:
-        save_file(tensors, temporary)
-    write_json(folder / _FILES[0], asdict(learned.settings))
+    about = asdict(learned.settings)
+    tensors = learned.forecaster.state_dict()
+    _saved.save(Path(folder), "forecaster", tensors, about, _WEIGHTS)
 
 
-def _load(folder: Path) -> tuple[Forecaster, Settings]:
-    record = read_json(folder / _FILES[0])
-    try:
-        settings = Settings(**{**record, "classes": tuple(record["classes"])})
-        tensors: dict[str, Tensor] = load_file(folder / _FILES[1])
+def _load(folder: str) -> tuple[Forecaster, Settings]:
+    def restore(about: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Forecaster, Settings]:
+        settings = Settings(**{**about, "classes": tuple(about["classes"])})
         return _restored(settings, tensors), settings
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(
-            f"'{folder}' does not hold a forecaster that `graph-forecast train --out` made "
-            f"({' '.join(str(error).split())[:120]}): train it again."
-        ) from error
+
+    return _saved.load(folder, "forecaster", restore, _WEIGHTS)
 
 
 def _restored(settings: Settings, tensors: Mapping[str, Tensor]) -> Forecaster:

@@ -68,6 +68,9 @@ def model(
             f"Unknown flow model '{name}': choose one of {', '.join(MODELS)}."
             f"{nearest(name, MODELS)}"
         )
+    made = {"parameters": parameters, "channels": channels, **options}
     if name not in IMAGE_MODELS:
-        options = {"grid": grid, **options}
-    return MODELS[name](parameters=parameters, channels=channels, **options)
+        made["grid"] = (grid[0], grid[1])
+    net: Any = MODELS[name](**made)
+    net.arguments = {"name": name, **made}  # what a saved one is made of again
+    return net

@@ -109,7 +109,7 @@ def check_step(field: Tensor, omega: Tensor, channels: int, parameters: int) -> 
     if field.dim() != 4 or field.shape[1] != channels:
         raise RequestError(
             f"the field has shape {tuple(field.shape)}: this model takes (batch, {channels}, rows, "
-            f"columns), {'u and v' if channels == 2 else 'u alone'}."
+            "columns)."
         )
     check_parameters(omega, parameters, len(field))
 
@@ -124,7 +124,7 @@ def check_parameters(omega: Tensor, parameters: int, batch: int) -> None:
 
 
 def check_channels(channels: int) -> int:
-    """Refuse anything but u alone or u and v."""
-    if channels not in (1, 2):
-        raise RequestError(f"channels={channels}: choose 1 (u) or 2 (u and v).")
+    """Refuse fewer than one: u is 1, u and v are 2, other fields may have more."""
+    if channels < 1:
+        raise RequestError(f"channels={channels}: choose 1 (u), 2 (u and v), or more.")
     return channels

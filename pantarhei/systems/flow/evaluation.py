@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError
 from pantarhei.rollout import nmse, rollout
-from pantarhei.systems.flow.surrogate import ParameterScale, columns_of
+from pantarhei.systems.flow.surrogate import columns_of
+from pantarhei.systems.parameters import ParameterScale
 
 _CHUNK = 64  # frames evaluated at once
 

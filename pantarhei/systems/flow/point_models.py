@@ -8,10 +8,11 @@ Models of CFDBench (arXiv 2310.05963), with the sizes of its code. Two ways to a
   ``at(field, omega, points)`` (:class:`AutoFFN`, :class:`AutoDeepONet`, :class:`AutoEDeepONet`,
   :class:`AutoDeepONetCNN`); each adds what it computes to the present value there.
 
-Points are (row, column) in cells, t is the frame's number, omega the parameters as
-:class:`~pantarhei.systems.flow.parameters.ParameterScale` makes them, fields are (B, channels, R,
-C) with u first. The published models are called with ``published=True``; by default raw indices
-are scaled to the unit square, and the faults named in each class are corrected.
+The latter see the last ``history`` frames, stacked to (B, history x channels, R, C), and add to the
+last; the paper's see one. Points are (row, column) in cells, t is the frame's number, omega the
+parameters as :class:`~pantarhei.systems.parameters.ParameterScale` makes them, fields are (B,
+channels, R, C) with u first. The published models are called with ``published=True``; by default
+raw indices are scaled to the unit square, and the faults named in each class are corrected.
 """
 
 from __future__ import annotations
@@ -148,12 +149,14 @@ class _StepsPoints(_Point):
         grid: tuple[int, int] = (64, 64),
         channels: int = 1,
         published: bool = False,
+        history: int = 1,
     ) -> None:
         super().__init__(grid, parameters, channels, published)
+        self._seen = history * self.channels
 
     def step(self, field: Tensor, omega: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the next frame (B, channels, R, C); the mask (B, 1, R, C) is 1 in the fluid."""
-        check_step(field, omega, self.channels, self.parameters_count)
+        check_step(field, omega, self._seen, self.parameters_count)
         if tuple(field.shape[-2:]) != self.grid:
             raise RequestError(
                 f"the field has {tuple(field.shape[-2:])} cells: this model was made for "
@@ -161,15 +164,16 @@ class _StepsPoints(_Point):
             )
         points = self._scaled(grid_points(self.grid, field.device).to(field.dtype))
         change = self._change(field, omega, points, mask)
-        return field + change.transpose(1, 2).unflatten(2, self.grid)
+        return field[:, -self.channels :] + change.transpose(1, 2).unflatten(2, self.grid)
 
     def at(
         self, field: Tensor, omega: Tensor, points: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Return the next velocities (B, Q, channels) at points (Q, 2) or (B, Q, 2) alone."""
-        check_step(field, omega, self.channels, self.parameters_count)
+        check_step(field, omega, self._seen, self.parameters_count)
         points = points.to(field.dtype)
-        return at_points(field, points) + self._change(field, omega, self._scaled(points), mask)
+        present = at_points(field[:, -self.channels :], points)
+        return present + self._change(field, omega, self._scaled(points), mask)
 
     def _scaled(self, points: Tensor) -> Tensor:
         scaled = (points - 50) / 100 if self.published else self._unit(points)
@@ -195,9 +199,10 @@ class AutoFFN(_StepsPoints):
         grid: tuple[int, int] = (64, 64),
         channels: int = 1,
         published: bool = False,
+        history: int = 1,
     ) -> None:
-        super().__init__(parameters, grid, channels, published)
-        inputs = channels * grid[0] * grid[1] + parameters + 2
+        super().__init__(parameters, grid, channels, published, history)
+        inputs = self._seen * grid[0] * grid[1] + parameters + 2
         self.net = Mlp([inputs, *[200] * 8, channels])
 
     def _change(self, field: Tensor, omega: Tensor, points: Tensor, mask: Tensor | None) -> Tensor:
@@ -228,10 +233,11 @@ class AutoDeepONet(_StepsPoints):
         grid: tuple[int, int] = (64, 64),
         channels: int = 1,
         published: bool = False,
+        history: int = 1,
     ) -> None:
-        super().__init__(parameters, grid, channels, published)
+        super().__init__(parameters, grid, channels, published, history)
         wide = [*[100] * 7, 100 * channels]
-        self.branch = Mlp([channels * grid[0] * grid[1] + parameters, *wide])
+        self.branch = Mlp([self._seen * grid[0] * grid[1] + parameters, *wide])
         self.trunk = Mlp([2, *wide])
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -253,10 +259,11 @@ class AutoEDeepONet(_StepsPoints):
         grid: tuple[int, int] = (64, 64),
         channels: int = 1,
         published: bool = False,
+        history: int = 1,
     ) -> None:
-        super().__init__(parameters, grid, channels, published)
+        super().__init__(parameters, grid, channels, published, history)
         wide = [*[100] * 7, 100 * channels]
-        self.field_branch = Mlp([channels * grid[0] * grid[1], *wide])
+        self.field_branch = Mlp([self._seen * grid[0] * grid[1], *wide])
         self.parameter_branch = Mlp([parameters, *wide])
         self.trunk = Mlp([2, *wide])
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -283,13 +290,14 @@ class AutoDeepONetCNN(_StepsPoints):
         grid: tuple[int, int] = (64, 64),
         channels: int = 1,
         published: bool = False,
+        history: int = 1,
     ) -> None:
-        super().__init__(parameters, grid, channels, published)
+        super().__init__(parameters, grid, channels, published, history)
         if min(grid) < 16:
             raise RequestError(
                 f"a grid of {grid} is too small for AutoDeepONetCNN: 16x16 at least."
             )
-        layers: list[nn.Module] = [nn.Conv2d(3 + parameters, 32, 5, padding=2)]
+        layers: list[nn.Module] = [nn.Conv2d(max(2, self._seen) + 1 + parameters, 32, 5, padding=2)]
         for _ in range(4):
             layers += [nn.Conv2d(32, 32, 5, padding=2), nn.MaxPool2d(2), nn.ReLU()]
         layers += [nn.Conv2d(32, 32, 5, padding=2), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
@@ -299,7 +307,7 @@ class AutoDeepONetCNN(_StepsPoints):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def _change(self, field: Tensor, omega: Tensor, points: Tensor, mask: Tensor | None) -> Tensor:
-        both = field if field.shape[1] == 2 else torch.cat([field, torch.zeros_like(field)], 1)
+        both = field if self._seen > 1 else torch.cat([field, torch.zeros_like(field)], 1)
         branch = self.branch(planes(both, mask, omega))
         return self.out(branch[:, None] * self.trunk(points)) + self.bias
 

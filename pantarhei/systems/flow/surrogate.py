@@ -6,73 +6,27 @@ mean and scale, the unit of velocity) as buffers, so that a saved one answers as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError, nearest
-
-# CFDBench's constants, from its cavity: (value - shift) / scale
-_PUBLISHED = {
-    "density": (5.0, 4.0),
-    "viscosity": (0.00238, 0.005),
-    **dict.fromkeys(("velocity", "vel_top", "vel_in"), (25.0, 50.0)),
-}
-
-
-class ParameterScale(nn.Module):
-    r"""Standardise operating parameters: :math:`(\Omega - m)/s`, (B, P) to (B, P).
-
-    >>> scale = ParameterScale.of([[1.0, 7.0], [3.0, 7.0]])
-    >>> scale(torch.tensor([[2.0, 7.0]])).tolist()
-    [[0.0, 0.0]]
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, mean: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("scale", scale.float())
-
-    @classmethod
-    def of(cls, table: ArrayLike) -> ParameterScale:
-        """Measure mean and deviation of the training cases (case, P); a constant has scale 1."""
-        values = torch.as_tensor(np.asarray(table, np.float64))
-        if values.dim() != 2 or len(values) == 0 or not bool(torch.isfinite(values).all()):
-            raise RequestError(
-                f"Parameters of shape {tuple(values.shape)} cannot be standardised: give finite "
-                "ones of one training case or more, (case, P)."
-            )
-        mean, deviation = values.mean(0), values.std(0, correction=0)
-        constant = deviation <= 1e-9 * mean.abs()
-        return cls(mean, torch.where(constant, 1.0, deviation))
-
-    @classmethod
-    def published(cls, names: Sequence[str]) -> ParameterScale:
-        """Return CFDBench's constants: made for the cavity, used there for every problem.
-
-        Density (rho - 5)/4, viscosity (mu - .00238)/.005, velocity v/50 - .5; lengths as they are.
-        """
-        pairs = torch.tensor([_PUBLISHED.get(name, (0.0, 1.0)) for name in names])
-        return cls(pairs[:, 0], pairs[:, 1])
-
-    def forward(self, table: Tensor) -> Tensor:
-        """Return the standardised parameters."""
-        return (table - self.mean) / self.scale
+from pantarhei.systems import _saved
+from pantarhei.systems.flow import model
+from pantarhei.systems.parameters import ParameterScale
 
 
 class Surrogate(nn.Module):
     """A flow model that takes and returns m/s, with the parameters as the trajectories hold them.
 
     ``step(field, parameters, mask)`` for autoregressive models, ``frame(t, parameters)`` for the
-    others. A model of u alone leaves the other channels of a field as they are.
+    others. A model of u alone leaves the other channels of a field as they are. :meth:`save` and
+    :meth:`load` keep it in a folder of safetensors and JSON.
 
     Args:
         net: One of :mod:`pantarhei.systems.flow`, or yours with ``channels`` and ``step(field,
@@ -164,6 +118,38 @@ class Surrogate(nn.Module):
         """Return velocities (B, Q, channels) at points (Q, 2) or (B, Q, 2) of frame t."""
         found: Tensor = self.net.predict(points, t, self._omega(parameters))
         return found * self._unit(parameters, 3)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write weights, scales and what the model is made of to a new folder."""
+        about = {
+            "model": getattr(self.net, "arguments", None),
+            "columns": self.columns,
+            "unit_column": self.unit_column,
+        }
+        _saved.save(_saved.new_folder(folder), "surrogate", self.state_dict(), about)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], net: Any = None) -> Surrogate:
+        """Read a saved surrogate, on the CPU and in evaluation mode.
+
+        A net that :func:`pantarhei.systems.flow.model` did not make is given again, as ``net``.
+        """
+
+        def restore(about: dict[str, Any], tensors: dict[str, Tensor]) -> Surrogate:
+            if net is None and about["model"] is None:
+                raise RequestError(
+                    f"'{folder}' was saved around a net that pantarhei.systems.flow.model did not "
+                    "make: give it as net=."
+                )
+            columns = [int(column) for column in about["columns"]]
+            unset = ParameterScale(torch.zeros(len(columns)), torch.ones(len(columns)))
+            column = about["unit_column"]
+            made = model(**about["model"]) if net is None else net
+            found = cls(made, columns, unset, 1.0 if column is None else int(column))
+            found.load_state_dict(tensors)
+            return found.eval()
+
+        return _saved.load(folder, "surrogate", restore)
 
     def _omega(self, parameters: Tensor) -> Tensor:
         out: Tensor = self.scale(parameters[:, self.columns])

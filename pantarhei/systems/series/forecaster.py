@@ -39,9 +39,11 @@ from pantarhei.bayes import (
 from pantarhei.data.series import Feature, Layout, Scaler, Windows
 from pantarhei.errors import RequestError
 from pantarhei.fit import Batches
+from pantarhei.systems import _saved
 from pantarhei.systems.series.encoder import Encoder
 
 Network = Callable[[int, int], nn.Module]  # inputs, outputs -> returns (mean, variance)
+_CELLS = ("past", "future", "mean", "sd", "share")  # what an encoder has of tensors
 _IN_MEMORY = 2**28  # numbers of all windows together; more are gathered batch by batch
 
 
@@ -54,6 +56,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (32, 32)):
         super().__init__()
+        self.hidden = tuple(hidden)
         sizes = (inputs, *hidden)
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise(sizes):
@@ -149,6 +152,61 @@ class Forecaster:
     leads: tuple[int, ...]
     mode: Literal["direct", "autoregressive"] = "direct"
     feedback: tuple[int, ...] = ()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write weights, scales, layout and what else it takes to a new folder."""
+        encoder, network = self.encoder, self.ensemble.stacked
+        about = {
+            "layout": encoder.layout.to_json(),
+            "history": encoder.history,
+            "horizon": encoder.horizon,
+            "owners": encoder.owners,
+            "leads": self.leads,
+            "mode": self.mode,
+            "feedback": self.feedback,
+            "members": self.ensemble.members,
+            "hidden": network.hidden if isinstance(network, Perceptron) else None,
+        }
+        tensors = {f"encoder.{name}": getattr(encoder, name) for name in _CELLS}
+        tensors |= {
+            f"targets.{name}": torch.from_numpy(getattr(self.targets, name))
+            for name in ("mean", "sd")
+        }
+        tensors |= {f"ensemble.{k}": v for k, v in self.ensemble.state_dict().items()}
+        _saved.save(_saved.new_folder(folder), "forecaster", tensors, about)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], network: Network | None = None) -> Forecaster:
+        """Read a saved forecaster, on the CPU; one of a ``network`` of your own needs it again."""
+
+        def restore(about: dict[str, Any], tensors: dict[str, Tensor]) -> Forecaster:
+            if network is None and about["hidden"] is None:
+                raise RequestError(
+                    f"'{folder}' was saved around networks of your own: give network=, as in the "
+                    "training."
+                )
+            cells = [tensors[f"encoder.{name}"] for name in _CELLS]
+            encoder = Encoder(
+                Layout.from_json(about["layout"]), int(about["history"]), int(about["horizon"]),
+                tuple((name, lag) for name, lag in about["owners"]), *cells,
+            )  # fmt: skip
+            targets = Scaler(*(tensors[f"targets.{name}"].numpy() for name in ("mean", "sd")))
+            leads, members = tuple(map(int, about["leads"])), int(about["members"])
+            weights = {
+                name.removeprefix("ensemble."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("ensemble.")
+            }
+            if not weights or any(len(tensor) != members for tensor in weights.values()):
+                raise ValueError(f"not the weights of {members} members")
+            make = network or functools.partial(Perceptron, hidden=about["hidden"])
+            outputs = len(leads) * len(targets.mean)
+            ensemble = Ensemble([make(len(encoder), outputs) for _ in range(members)])
+            ensemble.load_state_dict(weights)
+            feedback = tuple(map(int, about["feedback"]))
+            return cls(encoder, targets, ensemble.eval(), leads, about["mode"], feedback)
+
+        return _saved.load(folder, "forecaster", restore)
 
     def forecast(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pantarhei.bayes import Predictive
+from pantarhei.data.recordings import read_recordings
 from pantarhei.data.series import (
     Amplitude,
     Feature,
@@ -19,7 +20,6 @@ from pantarhei.data.series import (
     Mean,
     Recording,
     Windows,
-    read_recordings,
     split_runs,
 )
 from pantarhei.errors import RequestError, nearest
@@ -238,6 +238,7 @@ def _outcome(
                 {n: one.pit(y) for n, one in told.items()}, "all lead times"
             ),
         },
+        {"model": found.save},
     )
 
 

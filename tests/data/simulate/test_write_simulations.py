@@ -8,6 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from pantarhei.cli import app
+from pantarhei.data.recordings import read_recordings
+from pantarhei.data.simulate.combustor import Combustor, combustor
 from pantarhei.data.simulate.translation import Translation
 from pantarhei.data.simulate.write import SIMULATORS, simulator, write
 from pantarhei.data.trajectories import open_trajectories
@@ -16,10 +18,9 @@ from pantarhei.errors import RequestError
 TINY = Translation(size=8, waves=2, frames=3)
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+@pytest.mark.parametrize("suffix", [".npz", ".h5", ".zarr"])
 def test_shards_are_one_set_and_equal_one_call(tmp_path, suffix):
-    if suffix == ".h5":
-        pytest.importorskip("h5py")
+    pytest.importorskip({".h5": "h5py", ".zarr": "zarr"}.get(suffix, "numpy"))
     files = write(TINY, tmp_path / "set", 7, shard=3, seed=2, suffix=suffix, quiet=True)
     assert [f.name for f in files] == [f"cases-{n:06d}{suffix}" for n in (0, 3, 6)]
     found = open_trajectories(tmp_path / "set")
@@ -61,14 +62,15 @@ def test_other_settings_or_files_are_not_overwritten(tmp_path):
         write(TINY, tmp_path / "mine" / "thesis.txt", 2, quiet=True)
     with pytest.raises(RequestError, match="1 case or more"):
         write(TINY, tmp_path / "new", 0, quiet=True)
-    with pytest.raises(RequestError, match="npz or"):
-        write(TINY, tmp_path / "new", 1, suffix=".zarr", quiet=True)
+    with pytest.raises(RequestError, match=r"h5 or \.zarr"):
+        write(TINY, tmp_path / "new", 1, suffix=".csv", quiet=True)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", SIMULATORS)
 def test_every_simulator_is_made_by_name(name):
-    assert simulator(name, {"frames": "2"}).frames == 2
+    key = "seconds" if name == "combustor" else "frames"
+    assert getattr(simulator(name, {key: "2"}), key) == 2
 
 
 def test_wrong_names_and_settings():
@@ -93,3 +95,29 @@ def test_the_command(tmp_path):
     for wrong in (["smoke"], ["smoke", "--set", "size", "--out", "x"], ["fire"],
                   ["smoke", "--device", "tpu", "--out", "x"]):  # fmt: skip
         assert isinstance(run(app, ["simulate", *wrong]).exception, RequestError)
+
+
+def test_runs_of_the_combustor_are_a_file_each_and_go_on(tmp_path, monkeypatch):
+    tiny, calls = Combustor(seconds=0.5), []
+    real = Combustor.simulate
+
+    def counted(self, cases, *rest):
+        calls.append(list(cases))
+        return real(self, cases, *rest)
+
+    monkeypatch.setattr(Combustor, "simulate", counted)
+    files = write(tiny, tmp_path / "runs", 5, shard=2, seed=3, quiet=True)
+    assert [file.name for file in files] == [f"run-{n:06d}.npz" for n in range(5)]
+    files[3].unlink()
+    assert write(tiny, tmp_path / "runs", 5, shard=2, seed=3, quiet=True) == files
+    assert calls == [[0, 1], [2, 3], [4], [2, 3]]
+    made = combustor(5, 0.5, 3).recordings
+    for one, again in zip(made, read_recordings(tmp_path / "runs"), strict=True):
+        assert one.signals.keys() == again.signals.keys()
+        for name in one.signals:
+            assert np.array_equal(one[name].values, again[name].values)
+            assert one[name].rate == again[name].rate
+    with pytest.raises(RequestError, match=r"written as \.npz"):
+        write(tiny, tmp_path / "other", 1, suffix=".h5", quiet=True)
+    with pytest.raises(RequestError, match="was begun with other settings"):
+        write(Combustor(seconds=0.6), tmp_path / "runs", 5, shard=2, seed=3, quiet=True)

@@ -118,12 +118,62 @@ def test_one_and_three_dimensions(call, tmp_path, size):
         (("mine.npz", "--parameters", 10), "or more"),
         (("mine.npz", "--test", "other.npz"), "sets of the same"),
         (("series.npz",), "without a grid"),
+        (("line.npz", "--model", "auto-deeponet"), "two axes: these have 1 axes"),
+        (("mine.npz", "--baseline", "auto-edeeponet"), "0 parameters that differ"),
+        (("small.npz", "--model", "auto-deeponet-cnn"), "too small"),
+        (("told.npz", "--test", "mine.npz"), "or --no-tell"),
     ],
 )
 def test_bad_requests_are_one_sentence(call, tmp_path, words, sentence):
     waves().save(tmp_path / "mine.npz")
     waves(cases=2).save(tmp_path / "two.npz")
     waves(size=(8, 8)).save(tmp_path / "other.npz")
+    waves(size=(8, 8), cases=3).save(tmp_path / "small.npz")
+    waves(size=(16,)).save(tmp_path / "line.npz")
+    waves(parameters=np.arange(8.0), parameter_names=("speed",)).save(tmp_path / "told.npz")
     Trajectories.of(np.zeros((4, 9, 2))).save(tmp_path / "series.npz")
     code, _, err = call(*words)
     assert code == 2 and sentence in err and len(err.strip().splitlines()) == 1
+
+
+def test_models_are_told_the_parameters_that_differ_and_the_mask(call, tmp_path):
+    mask = np.ones((8, 16, 16))
+    mask[::2, :4] = 0
+    table = np.stack([np.full(8, 3.0), np.arange(8.0)], 1)
+    waves(parameters=table, parameter_names=("gravity", "speed"), mask=mask).save(
+        tmp_path / "mine.npz"
+    )
+    words = ("mine.npz", *SMALL, "--horizon", 2, "--baseline", "unet", "--json")
+    code, out, err = call(*words, "--out", "found")
+    told = json.loads(out)
+    assert code == 0, err
+    assert told["models are told"] == "speed, mask"
+    one = FieldForecaster.load(tmp_path / "found" / "model-0")
+    assert one.given == ("parameters", "mask") and one.model.columns == [1]
+    data = waves(parameters=table, mask=mask)
+    with np.load(tmp_path / "found" / "forecast.npz") as kept:
+        shown, cases = kept["forecast"], kept["cases"]
+    start, given = data.tensor(cases, 0, 1), one.told(data, cases)
+    other = FieldForecaster.load(tmp_path / "found" / "model-1")
+    both = [m.forecast(start, 2, *given).kept for m in (one, other)]
+    np.testing.assert_allclose(sum(both) / 2, shown, rtol=1e-4, atol=1e-5)
+    code, out, _ = call(*words, "--no-tell", "--out", "untold")
+    blind = json.loads(out)
+    assert code == 0 and blind["models are told"] == "nothing but the frames"
+    assert FieldForecaster.load(tmp_path / "untold" / "model-0").given == ()
+    sizes = [{row["model"]: row["parameters"] for row in d["table"]} for d in (told, blind)]
+    # the U-Net's budget is the same with more channels; SineNet's embedding comes on top
+    assert sizes[0]["unet"] == pytest.approx(sizes[1]["unet"], rel=0.02)
+    assert sizes[0]["sinenet"] > sizes[1]["sinenet"] + 80_000
+
+
+@pytest.mark.parametrize(
+    "name", ["auto-deeponet", "auto-edeeponet", "auto-deeponet-cnn", "auto-ffn"]
+)
+def test_deeponets_forecast_fields_of_any_channels_and_history(call, tmp_path, name):
+    waves(parameters=np.arange(8.0), parameter_names=("speed",)).save(tmp_path / "mine.npz")
+    code, out, err = call("mine.npz", "--model", name, *SMALL, "--history", 3, "--horizon", 2,
+                          "--json", "--out", "found")  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["table"][0]["model"] == name
+    assert FieldForecaster.load(tmp_path / "found" / "model-0").model.way == "points"

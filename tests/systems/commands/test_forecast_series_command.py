@@ -65,7 +65,7 @@ def test_a_folder_of_runs_is_forecast_and_everything_is_written(folder, tmp_path
     assert skill["linear autoregression", 3] > 0.5
     names = {path.name for path in out.iterdir()}
     assert {"table.csv", "predictions.csv", "onwards.csv", "summary.json", "lead-times.png",
-            "forecast.svg", "calibration.png", "lead-times.csv"} <= names  # fmt: skip
+            "model", "forecast.svg", "calibration.png", "lead-times.csv"} <= names  # fmt: skip
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     assert {row["run"] for row in rows} == {"b"}
     inside = [float(r["low"]) <= float(r["came"]) <= float(r["high"]) for r in rows]

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pantarhei.errors import RequestError
@@ -126,6 +127,7 @@ def test_labels_of_edges(calls, tmp_path):
         (("--class-weight", 1), "class_weights"),
         (("--window", 40), "cannot be split"),
         (("--model", "gcn", "--policy", "carry"), "no state to carry"),
+        (("--device", "gpu"), "choose auto, cpu or cuda"),
     ],
 )
 def test_bad_requests_are_one_sentence_and_leave_nothing(calls, tmp_path, options, sentence):
@@ -140,8 +142,32 @@ def test_nothing_is_overwritten_and_a_foreign_folder_is_refused(folder, calls, t
     with pytest.raises(RequestError, match="does not exist"):
         run("predict", tmp_path, calls, *COLUMNS)
     (tmp_path / "forecaster.json").write_text((folder / "forecaster.json").read_text())
-    with pytest.raises(RequestError, match="does not hold a forecaster"):
+    with pytest.raises(RequestError, match="is not a saved forecaster"):
         run("predict", tmp_path, calls, *COLUMNS)
     (tmp_path / "forecaster.json").write_text("[]")
-    with pytest.raises(RequestError, match="does not hold a forecaster"):
+    with pytest.raises(RequestError, match="is not a saved forecaster"):
         run("predict", tmp_path, calls, *COLUMNS)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_a_kept_forecaster_is_run_where_one_says(folder, calls, command):
+    one = run(command, folder, calls, *COLUMNS, "--device", "cpu", "--json")
+    assert one == run(command, folder, calls, *COLUMNS, "--device", "cpu", "--json")
+    with pytest.raises(RequestError, match="choose auto, cpu or cuda"):
+        run(command, folder, calls, *COLUMNS, "--device", "tpu9")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("task", ["link", "edge"])
+def test_cuda_says_what_the_cpu_says(calls, tmp_path, task):
+    told = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        run("train", calls, *COLUMNS, "--bin", 1, *QUICK, "--task", task, "--device", device,
+            "--out", out)  # fmt: skip
+        shown = run("evaluate", tmp_path / "cpu", calls, *COLUMNS, "--device", device, "--json")
+        told.append(json.loads(shown)["table"])
+    for here, there in zip(*told, strict=True):
+        assert here.keys() == there.keys()
+        numbers = [k for k, v in here.items() if isinstance(v, float)]
+        assert [here[k] for k in numbers] == pytest.approx([there[k] for k in numbers], rel=1e-3)

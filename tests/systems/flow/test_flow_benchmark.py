@@ -21,7 +21,8 @@ from pantarhei.systems.flow.benchmark import (
     split_by_subset,
 )
 from pantarhei.systems.flow.evaluation import Persistence, mean, one_step
-from pantarhei.systems.flow.surrogate import ParameterScale, Surrogate
+from pantarhei.systems.flow.surrogate import Surrogate
+from pantarhei.systems.parameters import ParameterScale
 
 
 def three_subsets(count=30):

@@ -196,7 +196,7 @@ def test_points_between_cells_are_interpolated():
     ("call", "sentence"),
     [
         (lambda: model("unett", 5), "Did you mean 'unet'"),
-        (lambda: model("unet", 5, channels=3), r"choose 1 \(u\) or 2"),
+        (lambda: model("unet", 5, channels=0), r"choose 1 \(u\), 2"),
         (lambda: model("unet", 5).step(torch.ones(1, 1, 8, 8), torch.ones(1, 5)), "takes"),
         (lambda: model("unet", 5).step(torch.ones(1, 2, 8, 8), torch.ones(1, 4)), "5 parameters"),
         (lambda: model("ffn", 5).predict(torch.ones(1, 2), torch.ones(2), torch.ones(1, 5)), "5"),

@@ -12,7 +12,7 @@ from torch import nn
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.errors import RequestError
 from pantarhei.rollout import nmse
-from pantarhei.systems.flow import model
+from pantarhei.systems.flow import ImageModel, model
 from pantarhei.systems.flow.evaluation import (
     Persistence,
     case_mean,
@@ -25,8 +25,9 @@ from pantarhei.systems.flow.evaluation import (
     physics,
     wall_violation,
 )
-from pantarhei.systems.flow.surrogate import ParameterScale, Surrogate, inputs_of
+from pantarhei.systems.flow.surrogate import Surrogate, inputs_of
 from pantarhei.systems.flow.training import batch_nmse, train
+from pantarhei.systems.parameters import ParameterScale
 
 
 def decays(cases=5, frames=9, cells=16, seed=0, mask=True):
@@ -286,3 +287,70 @@ def test_bad_input_is_refused_in_a_sentence(call, sentence):
     data = decays(cases=2)
     with pytest.raises(RequestError, match=sentence):
         call(data, Surrogate.of(model("unet", 2), data, [0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "of"),
+    [
+        ("unet", {"width": 4}, {}),
+        ("fno", {"width": 4, "modes": 3, "sees_mask": False}, {"constants": "published"}),
+        ("resnet", {"dropout": 0.1}, {"fields": "velocity"}),
+        ("auto-deeponet", {"grid": (16, 16)}, {"fields": "none"}),
+        ("auto-deeponet-cnn", {"grid": (16, 16), "channels": 1}, {}),
+        ("ffn", {"grid": (16, 16), "frames": 9}, {}),
+        ("deeponet", {"grid": (16, 16), "published": True}, {}),
+    ],
+)
+def test_a_saved_surrogate_answers_as_it_did(tmp_path, name, options, of):
+    data = decays()
+    data = Trajectories.of(data.tensor().numpy(), parameters=data.parameters, mask=data.mask,
+                           parameter_names=("velocity", "square", "dx", "dy"))  # fmt: skip
+    net = Surrogate.of(model(name, 2, **options), data, [0, 1, 2], **of)
+    train(net, data, [0, 1, 2], epochs=1, batch_size=8, quiet=True, device="cpu")
+    net.save(tmp_path / "net")
+    again = Surrogate.load(tmp_path / "net")
+    table = torch.from_numpy(data.parameters).float()
+    if net.steps_forward:
+        asked = (data.tensor()[:, 0], table, torch.from_numpy(data.mask).float())
+    else:
+        asked = (torch.arange(5.0), table)
+    call = "step" if net.steps_forward else "frame"
+    with torch.no_grad():
+        wanted = getattr(net.eval(), call)(*asked)
+        assert torch.equal(getattr(again, call)(*asked), wanted)
+        assert not torch.equal(getattr(again, call)(asked[0], 2 * table, *asked[2:]), wanted)
+    assert {path.name for path in (tmp_path / "net").iterdir()} == {
+        "surrogate.json", "weights.safetensors",
+    }  # fmt: skip
+    with pytest.raises(RequestError, match="there already"):
+        net.save(tmp_path / "net")
+
+
+def test_a_saved_surrogate_of_ones_own_and_damaged_ones(tmp_path):
+    data = decays(cases=2)
+    mine = ImageModel(nn.Conv2d(2 + 1 + 2, 2, 3, padding=1), parameters=2)
+    net = Surrogate.of(mine, data, [0, 1])
+    net.save(tmp_path / "mine")
+    with pytest.raises(RequestError, match="give it as net="):
+        Surrogate.load(tmp_path / "mine")
+    other = ImageModel(nn.Conv2d(2 + 1 + 2, 2, 3, padding=1), parameters=2)
+    again = Surrogate.load(tmp_path / "mine", net=other)
+    field, table = data.tensor()[:, 0], torch.from_numpy(data.parameters).float()
+    with torch.no_grad():
+        assert torch.equal(again.step(field, table), net.step(field, table))
+    with pytest.raises(RequestError, match="not a saved surrogate"):
+        Surrogate.load(tmp_path / "mine", net=model("unet", 2))
+    with pytest.raises(RequestError, match="does not exist"):
+        Surrogate.load(tmp_path / "none")
+    Surrogate.of(model("unet", 2, width=4), data, [0]).save(tmp_path / "net")
+    about = tmp_path / "net" / "surrogate.json"
+    text = about.read_text()
+    for damage in ("[]", "{}", text.replace('"unet"', '"unett"'), text.replace(": 4", ": 8"),
+                   text.replace('"columns": [', '"columns": [7, ')):  # fmt: skip
+        about.write_text(damage)
+        with pytest.raises(RequestError, match=r"not a saved surrogate|Did you mean 'unet'"):
+            Surrogate.load(tmp_path / "net")
+    about.write_text(text)
+    (tmp_path / "net" / "weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(RequestError, match="not a saved surrogate"):
+        Surrogate.load(tmp_path / "net")

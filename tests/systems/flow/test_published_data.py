@@ -8,7 +8,8 @@ from pantarhei.data.simulate.flow import cavity, cylinder, dam, generate
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.systems.flow.evaluation import multi_step, one_step
 from pantarhei.systems.flow.published import as_published, until_steady
-from pantarhei.systems.flow.surrogate import ParameterScale, columns_of
+from pantarhei.systems.flow.surrogate import columns_of
+from pantarhei.systems.parameters import ParameterScale
 
 
 def test_the_dams_obstacle_is_invisible():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,21 @@ from torch import nn
 
 from pantarhei.bayes import Ensemble
 from pantarhei.bayes.gaussian import Gaussian
-from pantarhei.data.series import Frames, Last, Layout, Raw, Recording, Scaler, Signal, Windows
+from pantarhei.data.series import (
+    Amplitude,
+    Decay,
+    Frames,
+    Last,
+    Layout,
+    Mean,
+    Product,
+    Raw,
+    Recording,
+    Scaler,
+    Signal,
+    Spectrum,
+    Windows,
+)
 from pantarhei.errors import RequestError
 from pantarhei.systems.series import (
     Encoder,
@@ -23,6 +39,7 @@ from pantarhei.systems.series import (
     score,
     train_forecaster,
 )
+from pantarhei.systems.series.forecaster import Perceptron
 
 LAYOUT = Layout(
     1.0,
@@ -278,3 +295,72 @@ def test_convolutions_read_how_loud_a_raw_signal_is():
     for bad, reason in ((Raw("q", 64), "not among the inputs"), (Last("w"), "64 samples")):
         with pytest.raises(RequestError, match=reason):
             convolutional(layout, 2, bad)
+
+
+def test_a_saved_forecaster_says_what_it_said(data, trained, tmp_path):
+    test = data[-1]
+    trained.save(tmp_path / "model")
+    again = Forecaster.load(tmp_path / "model")
+    one, two = trained.forecast(test), again.forecast(test)
+    assert torch.equal(one.means, two.means) and torch.equal(one.variances, two.variances)
+    assert again.encoder.layout == trained.encoder.layout and again.leads == trained.leads
+    assert again.encoder.owners == trained.encoder.owners
+    with pytest.raises(RequestError, match="there already"):
+        trained.save(tmp_path / "model")
+    about = tmp_path / "model" / "forecaster.json"
+    text = about.read_text()
+    for damage, reason in (
+        ("{}", "not a saved forecaster"),
+        ("[]", "not a saved forecaster"),
+        (text.replace('"Last"', '"Lost"'), "no layout of features"),
+        (text.replace('"channel"', '"chanel"'), "no layout of features"),
+        (text.replace('"members": ', '"members": 9'), "not the weights of 9"),
+    ):
+        assert damage != text
+        about.write_text(damage)
+        with pytest.raises(RequestError, match=reason):
+            Forecaster.load(tmp_path / "model")
+
+
+def test_every_feature_and_both_modes_are_kept(tmp_path):
+    features = (
+        Last("a", hold=2.0), Mean("b", lags=2), Amplitude("c", band=(5.0, 9.0), sensor="s"),
+        Spectrum("c", centre=7.0, bins=3), Decay("c", 5.0), Raw("d", 4), Product("a", "b"),
+    )  # fmt: skip
+    layout = Layout(0.5, features, (Last("e"),), (Last("a", hold=2.0),), warmup=1.5)
+    text = json.dumps(layout.to_json(), allow_nan=False)
+    assert Layout.from_json(json.loads(text)) == layout
+
+    class Mine:
+        names, group, lags = ("x",), "x", None
+
+    with pytest.raises(RequestError, match=r"of your own \(Mine\) is not kept"):
+        Layout(0.5, (Mine(),)).to_json()
+
+
+def test_networks_of_ones_own_are_given_again(data, tmp_path):
+    train, test = data
+
+    def network(inputs, outputs):
+        return Perceptron(inputs, outputs, hidden=(5,))
+
+    class Own(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.inside = network(inputs, outputs)
+
+        def forward(self, x):
+            return self.inside(x)
+
+    for make in (network, Own):
+        made = train_forecaster(LAYOUT, train, members=2, epochs=1, network=make, leads=(1, 3),
+                                device="cpu", quiet=True)  # fmt: skip
+        made.save(tmp_path / make.__name__)
+    assert torch.equal(
+        Forecaster.load(tmp_path / "network").ensemble.stacked.line.weight,
+        Forecaster.load(tmp_path / "network", network).ensemble.stacked.line.weight,
+    )
+    with pytest.raises(RequestError, match="give network="):
+        Forecaster.load(tmp_path / "Own")
+    again = Forecaster.load(tmp_path / "Own", Own)
+    assert torch.equal(again.forecast(test).means, made.forecast(test).means)

@@ -8,13 +8,12 @@
 
 from pantarhei.data.simulate.flow.cases import Case, Problem, Solution, generate
 from pantarhei.data.simulate.flow.liquid import dam, tube
-from pantarhei.data.simulate.flow.mac import Flow, Laplacian, Side, State
+from pantarhei.data.simulate.flow.mac import Flow, Side, State
 from pantarhei.data.simulate.flow.single_phase import cavity, cylinder
 
 __all__ = [
     "Case",
     "Flow",
-    "Laplacian",
     "Problem",
     "Side",
     "Solution",

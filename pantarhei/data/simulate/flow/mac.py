@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pantarhei.data.simulate.flow._stencils import End, Kind, mean_of_four, padded, upwind
+from pantarhei.data.simulate.poisson import Laplacian
 from pantarhei.errors import RequestError
 
 
@@ -43,60 +44,6 @@ class State:
     v: Tensor
     t: Tensor
     before: tuple[Tensor, Tensor, Tensor] | None = None  # rates of u and v, and their dt
-
-
-class Laplacian:
-    """The five-point Laplacian on cells and its inverse, by its eigenvectors along each axis.
-
-    The normal derivative is zero at every side but those named in ``dirichlet``, where the value is
-    zero on the face. Without any of these the mean of the solution is zero.
-
-    >>> laplace = Laplacian((3, 4), torch.tensor([0.5]), torch.tensor([0.25]), dtype=torch.float64)
-    >>> f = torch.randn(1, 3, 4, dtype=torch.float64); f -= f.mean()
-    >>> x = laplace.solve(f)
-    >>> torch.allclose(laplace.apply(x), f)
-    True
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        dx: Tensor,
-        dy: Tensor,
-        dirichlet: tuple[str, ...] = (),
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        device = dx.device
-        self.dx, self.dy = (d.to(dtype)[:, None, None] for d in (dx, dy))
-        # one-dimensional operators without spacing, so that one basis serves every case
-        self._along_y = _second_difference(shape[0], "bottom" in dirichlet, "top" in dirichlet)
-        self._along_x = _second_difference(shape[1], "left" in dirichlet, "right" in dirichlet)
-        (ly, qy), (lx, qx) = (torch.linalg.eigh(a) for a in (self._along_y, self._along_x))
-        self._qy, self._qx = (q.to(device, dtype) for q in (qy, qx))
-        self._along_y, self._along_x = (a.to(device, dtype) for a in (self._along_y, self._along_x))
-        ly, lx = ly.to(device, dtype), lx.to(device, dtype)
-        values = ly[:, None] / self.dy**2 + lx / self.dx**2
-        scale = values.abs().amax((1, 2), keepdim=True)
-        flat = values.abs() < 10 * torch.finfo(dtype).eps * scale
-        self._inverse = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, values))
-
-    def solve(self, f: Tensor) -> Tensor:
-        """Return x (B, ny, nx) with Laplacian f."""
-        return self._qy @ ((self._qy.T @ f @ self._qx) * self._inverse) @ self._qx.T
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Return the Laplacian of x."""
-        return self._along_y @ x / self.dy**2 + x @ self._along_x / self.dx**2
-
-
-def _second_difference(n: int, low: bool, high: bool) -> Tensor:
-    a = torch.zeros(n, n, dtype=torch.float64)
-    a += torch.diag(torch.full((n,), -2.0)) + torch.diag(torch.ones(n - 1), 1)
-    a += torch.diag(torch.ones(n - 1), -1)
-    # a ghost cell copies (zero slope) or mirrors with the other sign (zero on the face)
-    a[0, 0] += -1 if low else 1
-    a[-1, -1] += -1 if high else 1
-    return a
 
 
 class Flow:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pantarhei.data.simulate.flow._stencils import End, mean_of_four, padded, upwind
-from pantarhei.data.simulate.flow.mac import Laplacian
+from pantarhei.data.simulate.poisson import Laplacian
 from pantarhei.errors import RequestError
 
 GRAVITY = 9.81  # m/s^2

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pantarhei.data.simulate.flow import Flow, Laplacian, Side
+from pantarhei.data.simulate.flow import Flow, Side
 from pantarhei.errors import RequestError
 
 ONE = torch.ones(1, dtype=torch.float64)
@@ -120,23 +120,6 @@ def test_an_obstacle_stops_the_fluid():
         inside.append(float(speed[6:10, 14:18].max()) / float(speed.max()))
     # what the projection pushes through within a step vanishes with the step
     assert inside[1] < 0.05 and inside[1] < 0.6 * inside[0]
-
-
-@pytest.mark.parametrize("dirichlet", [("right",), ("left", "top"), ("bottom",)])
-def test_poisson_with_values_on_sides_is_inverted(dirichlet):
-    laplace = Laplacian((5, 7), ONE / 3, ONE / 4, dirichlet)
-    f = torch.randn(1, 5, 7, dtype=torch.float64)
-    torch.testing.assert_close(laplace.apply(laplace.solve(f)), f)
-
-
-def test_poisson_solves_a_cosine_at_second_order():
-    errors = []
-    for n in (8, 16, 32):
-        x = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-        wanted = torch.cos(math.pi * x)[:, None] * torch.cos(2 * math.pi * x)
-        found = Laplacian((n, n), ONE / n, ONE / n).solve(-5 * math.pi**2 * wanted[None])
-        errors.append(float((found[0] - wanted).abs().max()))
-    assert math.log2(errors[0] / errors[1]) > 1.9 and math.log2(errors[1] / errors[2]) > 1.9
 
 
 def test_adams_bashforth_is_second_order_in_time():
