@@ -103,7 +103,8 @@ class Approximate:
             rows = rows[~self.stale[rows]]
             if allowed is not None:
                 rows = rows[_permits(allowed, self.ids[rows])]
-        cosines = self.codes[rows].astype(np.float32) @ (self.step * vector) + self.low @ vector
+        codes = self.codes[rows].astype(np.float32)
+        cosines = np.einsum("nd,d->n", codes, self.step * vector) + np.dot(self.low, vector)
         tail_ids, tail_cosines = self.tail.nearest(vector, k, allowed)
         return _first(np.append(self.ids[rows], tail_ids), np.append(cosines, tail_cosines), k)
 

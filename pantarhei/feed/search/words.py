@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 _WORD = re.compile(r"[^\W_]+")
@@ -136,7 +136,7 @@ class Vocabulary:
         return stem(word) in self.stems
 
     def _nearest(self, word: str) -> str | None:
-        found = {other for other in _one_slip(word) if self._meant(other)}
+        found = {other for other in self.counts.keys() & _one_slip(word) if self._meant(other)}
         if not found and len(word) >= 8:
             found = self._two_slips(word)
         # people rarely miss the first letter
@@ -162,15 +162,10 @@ class Vocabulary:
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _one_slip(word: str) -> Iterator[str]:
+def _one_slip(word: str) -> set[str]:
     """Return everything one slip away: some fifty per letter, whatever the vocabulary's size."""
-    for place in range(len(word) + 1):
-        before, after = word[:place], word[place:]
-        for letter in _LETTERS:
-            yield before + letter + after
-            if after:
-                yield before + letter + after[1:]
-        if after:
-            yield before + after[1:]
-        if len(after) > 1:
-            yield before + after[1] + after[0] + after[2:]
+    parts = [(word[:place], word[place:]) for place in range(len(word) + 1)]
+    found = {a + letter + b for a, b in parts for letter in _LETTERS}
+    found |= {a + letter + b[1:] for a, b in parts if b for letter in _LETTERS}
+    found |= {a + b[1:] for a, b in parts if b}
+    return found | {a + b[1] + b[0] + b[2:] for a, b in parts if len(b) > 1}
