@@ -39,8 +39,8 @@ for group in (deep_linear, generalization, effective_theory, graph):
 for command in (lr_transfer.lr_transfer, simulate, forecast, forecast_series, serve):
     app.command()(command)
 feed = typer.Typer(name="feed", help="The page's papers and its mail.", no_args_is_help=True)
-for command in (add, update, digest):
-    feed.command()(command)
+for action in (add, update, digest):
+    feed.command()(action)
 app.add_typer(feed)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
