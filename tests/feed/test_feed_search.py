@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from pantarhei.errors import RequestError
 from pantarhei.feed import papers, schema
 from pantarhei.feed.search import Searcher, index, meaning, text, upkeep
+from pantarhei.feed.search.turns import Turns
 from pantarhei.feed.store import Store
 from pantarhei.papers import catalogue
 
@@ -452,6 +453,37 @@ def test_threads_search_while_papers_come_and_go(store):
     assert failures == []
     assert searcher.search("blind quality 11").hits[0].paper.key == "n11"
     searcher.close()
+
+
+def test_turns_are_taken_in_order_and_never_lost():
+    turns, order, inside, most = Turns(2), [], [], []
+
+    def work(number: int) -> None:
+        with turns:
+            inside.append(number)
+            most.append(len(inside))
+            order.append(number)
+            gates[number].wait()
+            inside.remove(number)
+            if number == 5:
+                raise ZeroDivisionError
+
+    gates = [threading.Event() for _ in range(8)]
+    threads = []
+    for number in range(8):
+        threads.append(threading.Thread(target=work, args=[number]))
+        threads[-1].start()
+        while len(order) + len(turns._waiting) <= number:  # until it works or waits
+            pass
+    with pytest.MonkeyPatch.context() as quiet:
+        quiet.setattr(threading, "excepthook", lambda _: None)
+        for gate in gates:
+            gate.set()
+        for thread in threads:
+            thread.join()
+    assert order[:2] == [0, 1] and sorted(order) == list(range(8)) and max(most) == 2
+    assert turns._free == 2
+    assert all(abs(place - number) <= 1 for place, number in enumerate(order))
 
 
 def test_a_store_without_papers(store):
