@@ -264,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--http", dest="direct", action="store_false", help="the page (the default)")
     way.add_argument("--direct", action="store_true", help="the searcher itself, without HTTP")
+    parser.set_defaults(direct=False)
     given = parser.parse_args(arguments)
     corpus = Corpus(given.papers)
     with tempfile.TemporaryDirectory() as folder:

@@ -73,11 +73,9 @@ class Upkeep:
         some = sa.select(papers.c.id).limit(most + 1).subquery()
         return c.execute(sa.select(sa.func.count()).select_from(some)).scalar_one() <= most
 
-    def words(self, wait: bool = True) -> None:
-        """Bring the words up to date; without ``wait`` leave it to whoever is at it."""
-        if not self._wording.acquire(blocking=wait):
-            return
-        try:
+    def words(self) -> None:
+        """Bring the words up to date."""
+        with self._wording:
             state = self.state or self._saved_words()
             with self._store.read() as c:
                 n = _newest(c)
@@ -91,8 +89,6 @@ class Upkeep:
             self.state = State(n, words)
             if grown and len(words) >= _KEPT and self._folder is not None:
                 self._keep_words(self._folder, self.state)
-        finally:
-            self._wording.release()
 
     def meaning(self) -> None:
         """Embed what has to be, and bring the index of meanings up to date."""
