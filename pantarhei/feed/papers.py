@@ -68,6 +68,9 @@ class Paper:
 
 
 _COLUMNS = tuple(_papers.c[field.name] for field in fields(Paper))
+# made once: every search ends with it
+_BY_ID = sa.select(*_COLUMNS).where(_papers.c.id.in_(sa.bindparam("ids", expanding=True)))
+_AUTHORS_AT = [field.name for field in fields(Paper)].index("authors")
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def get(c: sa.Connection, key: str) -> Paper | None:
 
 def by_id(c: sa.Connection, ids: Sequence[int]) -> list[Paper]:
     """Return papers in the order of ``ids``; one that is not there is left out."""
-    rows = c.execute(sa.select(*_COLUMNS).where(_papers.c.id.in_(ids)))
+    rows = c.execute(_BY_ID, {"ids": list(ids)})
     found = {row.id: _paper(row) for row in rows}
     return [found[id] for id in ids if id in found]
 
@@ -251,9 +254,9 @@ def compare(c: sa.Connection, keys: Sequence[str]) -> list[tuple[Paper, list[Mea
 
 
 def _paper(row: sa.Row[Any]) -> Paper:
-    paper = Paper(**row._mapping)
-    object.__setattr__(paper, "authors", tuple(paper.authors))
-    return paper
+    values = list(row)
+    values[_AUTHORS_AT] = tuple(values[_AUTHORS_AT])
+    return Paper(*values)
 
 
 def _conditions(

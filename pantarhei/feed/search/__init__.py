@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +147,7 @@ class Searcher:
             scores = dict(zip(ids, ranking.scores[chosen].tolist(), strict=True))
             found = papers.by_id(c, ids)
         said = ranking.query
-        words = snippets.beginnings((*said.words, *" ".join(said.phrases).split()))
+        words = snippets.pattern((*said.words, *" ".join(said.phrases).split()))
         hits = tuple(
             Hit(paper, scores[paper.id], snippets.cut(paper.summary, words)) for paper in found
         )
@@ -243,7 +242,9 @@ class Searcher:
             found = _behind(found, some)
         near = self._by_meaning(state, asked, mask)
         ids, scores = _fused(found.ids, near)
-        total = found.total + len(ids) - len(found.ids)
+        total = found.total + len(near)
+        if len(near):
+            total -= int(np.isin(found.ids if found.all is None else found.all, near).sum())
         return _Ranking(ids, scores, total, asked, corrected)
 
     def _by_words(
@@ -294,6 +295,7 @@ def _behind(best: Found, others: Found) -> Found:
         np.append(best.ids, others.ids[new]),
         np.append(best.scores, others.scores[new]),
         others.total,
+        others.all,
     )
 
 
@@ -304,14 +306,15 @@ def _fused(
 
     Of a long list the head is fused; the rest follows as it is.
     """
-    head, rest = by_words[:_DEPTH].tolist(), by_words[_DEPTH:]
-    scores: dict[int, float] = {}
-    for weight, ids in ((1.0, head), (_BY_MEANING, by_meaning.tolist())):
-        for rank, paper in enumerate(ids, 1):
-            scores[paper] = scores.get(paper, 0.0) + weight / (_RANK + rank)
-    best: Sequence[int] = sorted(scores, key=lambda paper: (-scores[paper], -paper))
-    ids = np.array(best, np.int64)
-    values = np.array([scores[paper] for paper in best])
+    head, rest = by_words[:_DEPTH], by_words[_DEPTH:]
+    ids, where = np.unique(np.append(head, by_meaning), return_inverse=True)
+    votes = np.append(
+        1.0 / (_RANK + np.arange(1, len(head) + 1)),
+        _BY_MEANING / (_RANK + np.arange(1, len(by_meaning) + 1)),
+    )
+    values = np.bincount(where, votes, len(ids)).astype(float)
+    order = np.lexsort((-ids, -values))
+    ids, values = ids[order], values[order]
     if len(rest):
         rest = rest[~np.isin(rest, ids)]
         ids, values = np.append(ids, rest), np.append(values, np.zeros(len(rest)))

@@ -56,7 +56,8 @@ class Exact:
 
     def nearest(self, vector: Vectors, k: int, allowed: Allowed | None = None) -> Nearest:
         """Return the ``k`` nearest papers and their cosines."""
-        cosines = self.vectors @ vector
+        # not BLAS, whose threads would wait for each other where several searches go on
+        cosines = np.einsum("nd,d->n", self.vectors, vector)
         if allowed is not None:
             cosines[~_permits(allowed, self.ids)] = -np.inf
         return _first(self.ids, cosines, k)
@@ -104,7 +105,9 @@ class Approximate:
 
     def vector(self, paper: int) -> Vectors | None:
         """Return a paper's own vector, as exactly as the index knows it."""
-        if (found := self.tail.vector(paper)) is not None or _permits(self.stale, np.array([paper]))[0]:
+        if (found := self.tail.vector(paper)) is not None or _permits(
+            self.stale, np.array([paper])
+        )[0]:
             return found
         try:
             return np.asarray(self.lists.reconstruct(paper))

@@ -11,7 +11,7 @@ The score of a paper d for the words of a query is
 
 with N papers of mean length L, n_w of which hold w, k = 1.2 and b = 0.75 (Robertson and Zaragoza,
 *The Probabilistic Relevance Framework*, 2009, with the logarithm kept positive as Lucene does), and
-f how often d holds w, a title's word counting eight times (:data:`pantarhei.feed.search.text.WEIGHTS`).
+f how often d holds w, a title's word counting eight times (``text.WEIGHTS``).
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ class Postings:
     def __len__(self) -> int:
         return self.vocabulary.papers
 
-    def search(
-        self, groups: Groups, every: bool, mask: NDArray[np.bool_] | None, k: int
-    ) -> Found:
+    def search(self, groups: Groups, every: bool, mask: NDArray[np.bool_] | None, k: int) -> Found:
         """Return the ``k`` best papers that hold every group of words, or any of them.
 
         ``mask`` says which rows may be found. The newer of equals comes first.
@@ -104,7 +102,8 @@ class Postings:
             rows = rows[mask[rows]]
         scores = self._scores(rows, [t for terms in known for t in terms])
         best = _best(scores, rows, k)
-        return Found(self.facts.ids[rows[best]], scores[best].astype(float), len(rows))
+        ids = self.facts.ids[rows]
+        return Found(ids[best], scores[best].astype(float), len(rows), ids)
 
     def updated(self, changed: Iterable[int], rows: Iterable[Sequence[Any]]) -> Postings:
         """Return the index without the papers that changed, and with them as they are now."""
@@ -314,7 +313,9 @@ def _merged(base: Postings, more: _Count) -> Postings:
     sizes = _padded(np.diff(base.starts), len(more.stems))
     rows, counts = base.rows, base.counts
     if more.parts:
-        terms, new_rows, new_counts = (np.concatenate(part) for part in zip(*more.parts, strict=True))
+        terms, new_rows, new_counts = (
+            np.concatenate(part) for part in zip(*more.parts, strict=True)
+        )
         order = np.argsort(terms, kind="stable")  # rows ascend within a word already
         ends = np.append(base.starts[1:], np.full(len(more.stems), len(rows)))
         at = ends[terms[order]]  # new rows go behind a word's old ones
@@ -322,7 +323,7 @@ def _merged(base: Postings, more: _Count) -> Postings:
         counts = np.insert(counts, at, new_counts[order])
         sizes = sizes + np.bincount(terms, minlength=len(sizes))
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    papers_with = _padded(more.papers_with[0], len(more.words))
+    papers_with = _padded(more.papers_with[0], len(more.words)).astype(np.int32)
     numbers = papers_with.tolist()
     known = {word: numbers[number] for word, number in more.words.items()}
     return Postings(
@@ -361,11 +362,11 @@ def load(path: Path) -> tuple[Postings, dict[str, Any]] | None:
             header = json.loads(file["header"].tobytes())
             if header.pop("format") != 1:
                 return None
-            facts = Facts(*(file[name] for name in _FACTS), tuple(header.pop("names")))
+            facts = Facts(names=tuple(header.pop("names")), **{name: file[name] for name in _FACTS})
             arrays = {name: file[name] for name in _ARRAYS}
         words = {word: number for number, word in enumerate(header.pop("words"))}
         stems_ = {stem_: number for number, stem_ in enumerate(header.pop("stems"))}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     known = dict(zip(words, arrays["papers_with"].tolist(), strict=True))
     made = Postings(

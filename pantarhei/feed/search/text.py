@@ -1,5 +1,6 @@
-"""Search by words, as the database does it: FTS5 with BM25 on SQLite, weighted tsvector on
-PostgreSQL. Both are kept by triggers, so that what was committed is found at once.
+"""Search by words as the database does it: FTS5 with BM25 on SQLite, tsvector on PostgreSQL.
+
+Both are kept by triggers, so that what was committed is found at once.
 
 What a user typed never reaches either as a query language: it is split into words here, and only
 double quotes mean something (words side by side).
@@ -117,25 +118,26 @@ class Filter:
 
 @dataclass(frozen=True)
 class Found:
-    """The best papers, best first, and how many there are in all."""
+    """The best papers, best first, how many there are in all, and which, where that is known."""
 
     ids: NDArray[np.int64]
     scores: NDArray[np.float64]
     total: int
+    all: NDArray[np.int64] | None = None
 
 
 NOTHING = Found(np.zeros(0, np.int64), np.zeros(0), 0)
 
 
 def search(c: sa.Connection, groups: Groups, every: bool, allowed: Filter, k: int) -> Found:
-    """Return the ``k`` best papers that hold every group, or any of them.
+    """Return the ``k`` best papers that hold every group, or any of them and every phrase.
 
     BM25 with the weights above on SQLite, ``ts_rank`` on PostgreSQL; the newer of equals first.
     """
     if not groups:
         return NOTHING
-    index, matches, score = _sqlite(groups, every) if c.dialect.name == "sqlite" else _postgresql(
-        groups, every
+    index, matches, score = (
+        _sqlite(groups, every) if c.dialect.name == "sqlite" else _postgresql(groups, every)
     )
     found = sa.select(papers.c.id, score.label("score")).select_from(index).where(matches)
     found = found.where(*allowed.conditions())
@@ -165,17 +167,29 @@ def permitted(c: sa.Connection, allowed: Filter) -> NDArray[np.int64]:
     return np.array([row[0] for row in rows], np.int64)
 
 
+def _parts(groups: Groups, every: bool) -> list[tuple[Groups, str]]:
+    """Return groups that have to hold together, each with how its own are joined."""
+    if every:
+        return [(groups, "AND")]
+    phrases = tuple(group for group in groups if " " in group[0])
+    words = tuple(group for group in groups if " " not in group[0])
+    return [part for part in ((phrases, "AND"), (words, "OR")) if part[0]]
+
+
 _Parts = tuple[Any, sa.ColumnElement[bool], sa.ColumnElement[float]]
 
 
 def _sqlite(groups: Groups, every: bool) -> _Parts:
     # Words hold neither quotes nor anything else that FTS5 reads; between quotes they are text.
-    alternatives = [" OR ".join(f'"{word}"' for word in group) for group in groups]
-    expression = (" AND " if every else " OR ").join(f"({group})" for group in alternatives)
+    def joined(some: Groups, operator: str) -> str:
+        alternatives = [" OR ".join(f'"{word}"' for word in group) for group in some]
+        return "(" + f" {operator} ".join(f"({group})" for group in alternatives) + ")"
+
+    expression = " AND ".join(joined(*part) for part in _parts(groups, every))
     index = sa.table("papers_text", sa.column("rowid"), sa.column("rank"))
-    joined = index.join(papers, papers.c.id == index.c.rowid)
+    both = index.join(papers, papers.c.id == index.c.rowid)
     matches = sa.literal_column("papers_text").op("MATCH")(sa.bindparam(None, expression))
-    return joined, matches, -index.c.rank
+    return both, matches, -index.c.rank
 
 
 def _postgresql(groups: Groups, every: bool) -> _Parts:
@@ -188,9 +202,12 @@ def _postgresql(groups: Groups, every: bool) -> _Parts:
             whole = sa.type_coerce(whole.op(operator)(part), sa.types.NullType()).self_group()
         return whole
 
-    alternatives = [joined([parsed(word) for word in group], "||") for group in groups]
-    query = joined(alternatives, "&&" if every else "||")
-    words = sa.literal_column("papers.words")
+    def grouped(some: Groups, operator: str) -> sa.ColumnElement[Any]:
+        alternatives = [joined([parsed(word) for word in group], "||") for group in some]
+        return joined(alternatives, "&&" if operator == "AND" else "||")
+
+    query = joined([grouped(*part) for part in _parts(groups, every)], "&&")
+    words: sa.ColumnElement[Any] = sa.literal_column("papers.words")
     # D, C, B, A; 1: divided by 1 + the logarithm of the length
-    weights = sa.literal_column("'{0.125, 0.25, 0.6, 1.0}'::real[]")
+    weights: sa.ColumnElement[Any] = sa.literal_column("'{0.125, 0.25, 0.6, 1.0}'::real[]")
     return papers, words.op("@@")(query), sa.func.ts_rank(weights, words, query, 1)

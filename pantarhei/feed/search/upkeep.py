@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,9 @@ from numpy.typing import NDArray
 
 from pantarhei.errors import RequestError
 from pantarhei.feed.schema import embeddings, papers
-from pantarhei.feed.search import index, meaning, postings
+from pantarhei.feed.search import index, postings
+from pantarhei.feed.search import meaning as meanings
+from pantarhei.feed.search.meaning import Model
 from pantarhei.feed.search.postings import Postings
 from pantarhei.feed.store import Store, fact, keep_facts
 from pantarhei.files import atomic, read_json, write_json
@@ -53,7 +54,7 @@ class Upkeep:
     def __init__(self, store: Store, folder: Path | None, exact: int) -> None:
         self.state: State | None = None
         self.near: index.Index | None = None
-        self.model: meaning.Model | None = None
+        self.model: Model | None = None
         self._store, self._folder, self._exact = store, folder, exact
         self._near_n = -1
         self._wording, self._meaning = threading.Lock(), threading.Lock()
@@ -96,7 +97,7 @@ class Upkeep:
     def meaning(self) -> None:
         """Embed what has to be, and bring the index of meanings up to date."""
         with self._meaning:
-            self.model = self.model or meaning.load()
+            self.model = self.model or meanings.load()
             state = self.state
             if self.model is None or state is None:
                 return
@@ -112,7 +113,7 @@ class Upkeep:
                 self._gather(self.model, state.n)
             self._forget(state.n)
 
-    def _embed(self, model: meaning.Model, in_database: bool) -> None:
+    def _embed(self, model: Model, in_database: bool) -> None:
         """Embed every paper that has no vector: the newest first, each batch committed."""
         missing = (
             sa.select(papers.c.id, papers.c.title, papers.c.summary)
@@ -131,17 +132,17 @@ class Upkeep:
             if not rows:
                 return
             last = rows[-1].id
-            vectors = model.embed([meaning.text_of(row.title, row.summary) for row in rows])
+            vectors = model.embed([meanings.text_of(row.title, row.summary) for row in rows])
             values = [
                 {"id": row.id, "title": row.title, "summary": row.summary, "model": model.name,
-                 "digest": meaning.digest(row.title, row.summary), "vector": meaning.pack(vector),
+                 "digest": meanings.digest(row.title, row.summary), "vector": meanings.pack(vector),
                  "near": index.literal(vector)}
                 for row, vector in zip(rows, vectors, strict=True)
             ]  # fmt: skip
             with self._store.write() as c:
                 c.execute(_insertion(in_database), values)
 
-    def _gather(self, model: meaning.Model, n: int) -> None:
+    def _gather(self, model: Model, n: int) -> None:
         """Bring the index in memory to the store's ``n``-th change."""
         near = self.near
         with self._store.read() as c:
@@ -201,9 +202,7 @@ class Upkeep:
             return None
         return State(int(found[1]["n"]), found[0])
 
-    def _keep_near(
-        self, folder: Path, near: index.Approximate, model: meaning.Model, n: int
-    ) -> None:
+    def _keep_near(self, folder: Path, near: index.Approximate, model: Model, n: int) -> None:
         described = {"n": n, "store": self._mark(), "model": model.name, "papers": near.count}
         try:
             # The description goes first and comes last: it never describes other lists.
@@ -214,7 +213,7 @@ class Upkeep:
         except (RequestError, OSError):
             pass
 
-    def _saved_near(self, model: meaning.Model) -> None:
+    def _saved_near(self, model: Model) -> None:
         if self._folder is None or not (self._folder / "meaning.json").exists():
             return
         try:
@@ -252,7 +251,7 @@ def _since(c: sa.Connection, n: int, until: int | None = None) -> list[int] | No
 
 
 def _vectors(
-    c: sa.Connection, model: meaning.Model, only: Sequence[int] | None = None
+    c: sa.Connection, model: Model, only: Sequence[int] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Read vectors, of all papers or of some."""
     statement = sa.select(embeddings.c.paper, embeddings.c.vector)
@@ -265,7 +264,7 @@ def _vectors(
         result = c.execution_options(yield_per=4096).execute(chosen)
         for rows in result.partitions():
             ids += [row[0] for row in rows]
-            parts.append(meaning.unpack([row[1] for row in rows], model.dimensions))
+            parts.append(meanings.unpack([row[1] for row in rows], model.dimensions))
     return np.array(ids, np.int64), np.concatenate(parts)
 
 

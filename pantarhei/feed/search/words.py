@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sqlite3
+import threading
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
@@ -15,9 +16,9 @@ _LONGEST = 64  # characters of a word; what is longer is no word anybody types
 
 # Left out of a query that has other words: nearly every paper holds them.
 STOP_WORDS = frozenset(
-    "a an and are as at be by can do does for from has have how in into is it its of on or our "
-    "that the their these this those to via was we were what when where which who why will with "
-    "you your".split()
+    """a an and are as at be by can do does for from has have how in into is it its of on or our
+    that the their these this those to via was we were what when where which who why will with you
+    your""".split()  # noqa: SIM905
 )
 
 
@@ -42,26 +43,42 @@ def split(text: str) -> list[str]:
     return _WORD.findall(fold(text))
 
 
+class _Stemmer:
+    """SQLite's own, asked through an index in memory that never keeps anything."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._c = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._c.execute(
+            "CREATE VIRTUAL TABLE t USING fts5(w, tokenize='porter unicode61 remove_diacritics 2')"
+        )
+        self._c.execute("CREATE VIRTUAL TABLE v USING fts5vocab(t, 'instance')")
+
+    def __call__(self, words: Sequence[str]) -> list[str]:
+        with self._lock:
+            self._c.execute("BEGIN")
+            try:
+                self._c.executemany("INSERT INTO t (rowid, w) VALUES (?, ?)", enumerate(words))
+                terms = self._c.execute('SELECT doc, term FROM v WHERE "offset" = 0')
+                found = dict(terms.fetchall())
+            finally:
+                self._c.execute("ROLLBACK")
+        return [found.get(index, word) for index, word in enumerate(words)]
+
+
+_stemmer = functools.cache(_Stemmer)
+
+
 def stems(words: Sequence[str]) -> list[str]:
     """Return each word's Porter stem, by the very stemmer that SQLite's full-text index uses.
 
     >>> stems(["networks", "learning", "dynamic", "dynamics"])
     ['network', 'learn', 'dynam', 'dynam']
     """
-    connection = sqlite3.connect(":memory:")
-    try:
-        connection.execute(
-            "CREATE VIRTUAL TABLE t USING fts5(w, tokenize='porter unicode61 remove_diacritics 2')"
-        )
-        connection.execute("CREATE VIRTUAL TABLE v USING fts5vocab(t, 'instance')")
-        connection.executemany("INSERT INTO t (rowid, w) VALUES (?, ?)", enumerate(words))
-        found = dict(connection.execute("SELECT doc, term FROM v WHERE \"offset\" = 0"))
-    finally:
-        connection.close()
-    return [found.get(index, word) for index, word in enumerate(words)]
+    return _stemmer()(words)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(16_384)
 def stem(word: str) -> str:
     """Return one word's Porter stem."""
     return stems([word])[0]
@@ -121,9 +138,9 @@ class Vocabulary:
         for far in range(1, slips + 1):
             found: list[tuple[str, float, int]] = []
             for length in range(len(word) - far, len(word) + far + 1):
-                found += process.extract(
+                found += process.extract(  # type: ignore[call-overload]
                     word,
-                    self._by_length.get(length, ()),
+                    self._by_length.get(length, []),
                     scorer=OSA.distance,
                     score_cutoff=far,
                     limit=None,
@@ -138,4 +155,3 @@ class Vocabulary:
         first = bisect_left(self._ordered, start)
         last = bisect_left(self._ordered, start + "\U0010ffff")
         return sorted(self._ordered[first:last], key=lambda w: (-self.counts[w], w))[:limit]
-

@@ -111,7 +111,8 @@ def _vector(expression: str, weight: str) -> str:
 _POSTGRESQL = f"""
 ALTER TABLE papers ADD COLUMN words tsvector GENERATED ALWAYS AS (
     {_vector("title", "A")} || {_vector("key || ' ' || coalesce(arxiv, '')", "B")}
-    || {_vector("authors::text", "B")} || {_vector("categories", "C")} || {_vector("summary", "D")}
+    || {_vector("authors::jsonb::text", "B")} || {_vector("categories", "C")}
+    || {_vector("summary", "D")}
 ) STORED
 -- next
 CREATE INDEX papers_by_words ON papers USING gin (words)
