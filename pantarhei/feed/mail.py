@@ -226,8 +226,8 @@ class _Words(UnstructuredHeader):
 
     def fold(self, *, policy: Any) -> str:
         name, text = self.name, str(self)  # type: ignore[attr-defined]
-        plain = text.isascii() and "=?" not in text
-        header = Header(text, "us-ascii" if plain else "utf-8", 75, header_name=name)
+        charset = "us-ascii" if text.isascii() else "utf-8"
+        header = Header(text, charset, 75, header_name=name)
         return f"{name}: {header.encode(linesep=policy.linesep)}{policy.linesep}"
 
 
@@ -259,7 +259,8 @@ def message(
     made = EmailMessage(policy=POLICY)
     made["From"] = correspondent(head.sender)
     made["To"] = Address(addr_spec=address(recipient))
-    made["Subject"] = one_line(subject, _SUBJECT)
+    # email decodes encoded words that it is given, line breaks among them: there are to be none
+    made["Subject"] = one_line(subject, _SUBJECT).replace("=?", "= ?")
     made["Auto-Submitted"] = "auto-generated"
     made["X-Auto-Response-Suppress"] = "All"  # the same, for Exchange
     if unsubscribe is not None:

@@ -68,6 +68,9 @@ class Sent:
     failed: int = 0
     trouble: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.sent} sent, {self.deferred} put off, {self.failed} given up."
+
 
 @dataclass
 class _Lease:
@@ -249,25 +252,31 @@ def put(
 ) -> bool:
     """Queue a message in the caller's transaction; return False where ``key`` is known.
 
-    The message gets its ``Date``, and a ``Message-ID`` that is made from the key and the store's
-    secret alone: the same whenever it is sent. Raises :class:`RequestError` where ``recipient`` is
-    no address.
+    Raises :class:`RequestError` where ``recipient`` is no address.
     """
     now = time.time() if now is None else now
-    mark = hmac.new(secret.encode(), f"message {key}".encode(), hashlib.sha256).hexdigest()[:40]
-    del message["Message-ID"], message["Date"]
-    message["Message-ID"] = f"<{mark}@{message['From'].addresses[0].domain}>"
-    message["Date"] = format_datetime(datetime.fromtimestamp(int(now), UTC))
     row = {
         "key": key,
         "recipient": address(recipient),
-        "message": message.as_bytes(),
+        "message": seal(message, key, secret=secret, now=now),
         "created": now,
         # What a person waits for goes before any number of digests.
         "due": now if message["Precedence"] == "bulk" else 0.0,
     }
     statement = insert(c, outbox).on_conflict_do_nothing(index_elements=["key"])
     return c.execute(statement.values(row).returning(outbox.c.id)).first() is not None
+
+
+def seal(message: EmailMessage, key: str, *, secret: str, now: float) -> bytes:
+    """Give a message its ``Date`` and ``Message-ID``; return the whole as it is sent.
+
+    The latter is made from the key and the store's secret alone: the same whenever it is sent.
+    """
+    mark = hmac.new(secret.encode(), f"message {key}".encode(), hashlib.sha256).hexdigest()[:40]
+    del message["Message-ID"], message["Date"]
+    message["Message-ID"] = f"<{mark}@{message['From'].addresses[0].domain}>"
+    message["Date"] = format_datetime(datetime.fromtimestamp(int(now), UTC))
+    return message.as_bytes()
 
 
 def counted(c: sa.Connection, kind: str, email: str, since: float, rest: str = "") -> int:

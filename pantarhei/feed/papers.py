@@ -27,6 +27,7 @@ ORDERS = ("date", "heat")
 MOST = 1000  # papers in one listing
 _LIMITS = {"title": 1000, "summary": 20_000, "key": 200, "categories": 500, "code": 500, "doi": 300}
 _AUTHORS = 10_000
+_ARXIV = re.compile(r"[0-9]{4}\.[0-9]{4,5}|[a-z-]+(\.[A-Z]{2})?/[0-9]{7}")
 
 _papers = schema.papers
 
@@ -67,10 +68,7 @@ class Paper:
         return self.status  # type: ignore[return-value]
 
 
-_COLUMNS = tuple(_papers.c[field.name] for field in fields(Paper))
-# made once: every search ends with it
-_BY_ID = sa.select(*_COLUMNS).where(_papers.c.id.in_(sa.bindparam("ids", expanding=True)))
-_AUTHORS_AT = [field.name for field in fields(Paper)].index("authors")
+_EVERYTHING = sa.select(*(_papers.c[field.name] for field in fields(Paper)))
 
 
 @dataclass(frozen=True)
@@ -140,14 +138,14 @@ def get(c: sa.Connection, key: str) -> Paper | None:
     key = clean(key)
     names = (_papers.c.key == key, _papers.c.arxiv == _without_version(key))
     for condition in names:
-        if row := c.execute(sa.select(*_COLUMNS).where(condition)).first():
+        if row := c.execute(_EVERYTHING.where(condition)).first():
             return _paper(row)
     return None
 
 
 def by_id(c: sa.Connection, ids: Sequence[int]) -> list[Paper]:
     """Return papers in the order of ``ids``; one that is not there is left out."""
-    rows = c.execute(_BY_ID, {"ids": list(ids)})
+    rows = c.execute(_EVERYTHING.where(_papers.c.id.in_(ids)))
     found = {row.id: _paper(row) for row in rows}
     return [found[id] for id in ids if id in found]
 
@@ -173,7 +171,7 @@ def day(
         date = c.scalar(sa.select(sa.func.max(column)).where(column <= latest, *conditions))
         date = date or today.isoformat()
     _check_date(date)
-    those = sa.select(*_COLUMNS).where(column == date, *conditions)
+    those = _EVERYTHING.where(column == date, *conditions)
     rows = c.execute(those.order_by(_papers.c.heat.desc(), _papers.c.id.desc()).limit(limit)).all()
     count = sa.select(sa.func.count()).select_from(_papers).where(column == date, *conditions)
     return Day(
@@ -211,7 +209,7 @@ def listing(
     if after is not None:
         place = sa.tuple_(*map(sa.literal, unfold(order, after)))
         conditions.append(sa.tuple_(column, _papers.c.id) < place)
-    statement = sa.select(*_COLUMNS).where(*conditions)
+    statement = _EVERYTHING.where(*conditions)
     statement = statement.order_by(column.desc(), _papers.c.id.desc()).limit(limit + 1)
     found = [_paper(row) for row in c.execute(statement)]
     shown = tuple(found[:limit])
@@ -253,10 +251,10 @@ def compare(c: sa.Connection, keys: Sequence[str]) -> list[tuple[Paper, list[Mea
     return list(found.values())
 
 
-def _paper(row: sa.Row[Any]) -> Paper:
-    values = list(row)
-    values[_AUTHORS_AT] = tuple(values[_AUTHORS_AT])
-    return Paper(*values)
+def _paper(row: Sequence[Any]) -> Paper:
+    paper = Paper(*row)
+    object.__setattr__(paper, "authors", tuple(paper.authors))
+    return paper
 
 
 def _conditions(
@@ -476,6 +474,9 @@ def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
     if (text["status"] or "listed") not in (STATUSES[:2] if card else STATUSES[2:]):
         raise RequestError("only cards of the catalogue run or are planned.")
     arxiv = _arxiv(row.get("arxiv") or "")
+    if _ARXIV.fullmatch(_without_version(text["key"])):  # such a key is that paper's alone
+        arxiv = arxiv or _without_version(text["key"])
+        text["key"] = arxiv
     authors = [" ".join(clean(name).split())[:300] for name in row.get("authors") or ()]
     count = int(row.get("authors_count") or len(authors))
     if not len(authors) <= _AUTHORS >= count >= 0:
@@ -508,7 +509,7 @@ def _arxiv(text: str) -> str | None:
     identifier = _without_version(clean(text).strip().removeprefix("arXiv:"))
     if not identifier:
         return None
-    if not re.fullmatch(r"[0-9]{4}\.[0-9]{4,5}|[a-z-]+(\.[A-Z]{2})?/[0-9]{7}", identifier):
+    if not _ARXIV.fullmatch(identifier):
         raise RequestError("its arXiv identifier is not one, such as 2006.16581.")
     return identifier
 

@@ -121,6 +121,17 @@ def test_without_an_arxiv_identifier_the_key_decides(store):
     assert (paper.key, paper.arxiv, paper.title) == ("müller-2026-a", "2601.00007", "Paper 7")
 
 
+def test_an_arxiv_identifier_as_key_is_that_papers_alone(store):
+    assert add(store, row(1), row(2, key="2601.00001"), row(3, key="2601.00003v2", arxiv=None),
+               row(4, key="hep-th/9901001", arxiv=None)) == Added(4, 0, 0)  # fmt: skip
+    assert [(p.key, p.arxiv) for p in reversed(every(store))] == [
+        ("2601.00001", "2601.00001"), ("2601.00002", "2601.00002"), ("2601.00003", "2601.00003"),
+        ("hep-th-9901001", "hep-th/9901001"),
+    ]  # fmt: skip
+    with store.read() as c:
+        assert papers.get(c, "hep-th/9901001v1").key == "hep-th-9901001"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -102,7 +102,7 @@ def create_app(
     app.state.letterhead, app.state.sender = letterhead, sender
     static = _Static.shipped()
     templates.env.globals |= {"static": static.address, "version": app.version}
-    for part in (reading, taking_part, atom, exports, api, static):
+    for part in (reading, taking_part, atom, api, exports, static):
         app.include_router(part.router)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestError, _refuse)

@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import httpx
 import sqlalchemy as sa
@@ -23,31 +23,50 @@ from pantarhei.feed import papers, schema
 from pantarhei.feed.store import Store
 
 SERVER = """
+import os
+import signal
 import sys
+from pathlib import Path
+
 import uvicorn
 from _visiting import NoSearch
 from pantarhei.feed.store import Store
 from pantarhei.feed.web.app import create_app
 
 app = create_app(Store(sys.argv[1]), mode="local", searcher=NoSearch())
-uvicorn.run(app, port=int(sys.argv[2]), log_level="warning", proxy_headers=False)
+dies = Path(sys.argv[3])  # where this is, the server dies with its next answer on its lips
+
+
+async def mortal(scope, receive, send):
+    async def answer(message):
+        if message["type"] == "http.response.start" and dies.exists():
+            dies.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        await send(message)
+
+    await app(scope, receive, answer)
+
+
+uvicorn.run(mortal, port=int(sys.argv[2]), log_level="warning", proxy_headers=False)
 """
 
 
 class Served:
     """A server process of our own, which can be killed and started again."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.dies = url, folder / "dies"
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        if self.process is not None:
+            self.process.wait()
         here = str(Path(__file__).parent)
         path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, self.url, str(self.port)],
+            [sys.executable, "-c", SERVER, self.url, str(self.port), str(self.dies)],
             env=os.environ | {"PYTHONPATH": path},
         )
         for _ in range(600):
@@ -65,35 +84,35 @@ class Served:
         self.process.wait()
 
 
-def test_kill_9_during_comments_loses_and_doubles_nothing(new_url: Callable[[], str]) -> None:
+def test_kill_9_during_comments_loses_and_doubles_nothing(
+    new_url: Callable[[], str], tmp_path: Path
+) -> None:
     url = new_url()
     with Store(url) as store, store.write() as c:
         papers.add(c, PAPERS)
-    served, chance = Served(url), random.Random(0)
+    served, chance = Served(url, tmp_path), random.Random(0)
     served.start()
-    sent = killed = 0
+    sent = unanswered = 0
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{served.port}", timeout=30) as client:
             page = client.get("/paper/paper-1").text
             [form] = [f for f in _Forms(page).forms if f.action.endswith("/comment")]
-            left = chance.randrange(2, 20)  # comments until the next kill
-            while killed < 4:
-                # Every comment has words of its own; its form stays the same until it is taken.
-                fields = form.fields | {"body": f"comment {sent}", "do": "send"}
-                left -= 1
-                if left < 0:
-                    answer = _interrupted(served, client, form.action, fields, chance)
-                    killed += 1
-                    served.start()
-                    left = chance.randrange(2, 20)
-                else:
-                    answer = client.post(form.action, data=fields)
-                if answer is None:
-                    answer = client.post(form.action, data=fields)  # as a person does: once more
-                assert answer.status_code == 303, answer.text
-                sent += 1
+            for kill in (at_its_answer, at_any_time, at_any_time):
+                for left in reversed(range(chance.randrange(2, 20))):
+                    # Every comment has words of its own; they are sent until they are taken.
+                    fields = form.fields | {"body": f"comment {sent}", "do": "send"}
+                    try:
+                        with kill(served, chance) if left == 0 else nullcontext():
+                            answer = client.post(form.action, data=fields)
+                    except httpx.TransportError:
+                        unanswered += 1
+                        served.start()
+                        answer = client.post(form.action, data=fields)  # as a person does
+                    assert answer.status_code == 303, answer.text
+                    sent += 1
     finally:
         served.kill()
+    assert unanswered >= 2
     with Store(url) as store, store.read() as c:
         bodies = Counter(c.execute(sa.select(schema.comments.c.body)).scalars())
         counted = c.execute(sa.select(schema.papers.c.comments)).scalars().all()
@@ -101,15 +120,19 @@ def test_kill_9_during_comments_loses_and_doubles_nothing(new_url: Callable[[], 
     assert sum(counted) == sent  # the number beside the paper is in step
 
 
-def _interrupted(
-    served: Served, client: httpx.Client, action: str, fields: dict[str, str], chance: Any
-) -> httpx.Response | None:
-    """Kill the server while it is at a request; return the answer where it came all the same."""
+@contextmanager
+def at_its_answer(served: Served, _: random.Random) -> Iterator[None]:
+    """Kill the server when the comment is committed and nothing of the answer is sent."""
+    served.dies.touch()
+    yield
+
+
+@contextmanager
+def at_any_time(served: Served, chance: random.Random) -> Iterator[None]:
+    """Kill the server somewhere within the request, or shortly after."""
     timer = threading.Timer(chance.uniform(0, 0.02), served.kill)
     timer.start()
     try:
-        return client.post(action, data=fields)
-    except httpx.TransportError:
-        return None
+        yield
     finally:
         timer.join()

@@ -391,6 +391,19 @@ def test_a_comment_has_a_length(ada: Visitor, store: Store) -> None:
     assert ada.send("/comment", 200, body="x" * 60_000, do="preview")
 
 
+def test_what_means_something_to_sql_is_text(ada: Visitor, store: Store) -> None:
+    for text in (
+        "Robert'); DROP TABLE comments; --",
+        "100% _ \\' \" ; :name %(name)s ?",
+        "$1 \\x00",
+    ):
+        ada.open(PAPER)
+        ada.press("/comment", body=text, do="send")
+        assert rows(store, "comments")[-1].body == text
+        ada.open("/login")
+    assert len(rows(store, "comments")) == 3
+
+
 def test_comments_are_safe_where_they_are_shown(ada: Visitor, store: Store) -> None:
     body = "\n\n".join(text for text in ATTACKS if "\x01" not in text and "\x0c" not in text)
     for start in range(0, len(body), 3000):
