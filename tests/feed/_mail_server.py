@@ -1,7 +1,8 @@
 """A real SMTP server as its own process, and what it is told to do wrong.
 
-As a script: ``_mail_server.py FOLDER PORT [CERTIFICATE]`` prints its port and serves until it is
-killed. A message is written to ``FOLDER/taken.jsonl`` before it is answered with 250. Each entry of
+As a script: ``_mail_server.py FOLDER PORT [CERTIFICATE [tls]]`` prints its port and serves until it
+is killed; with ``tls`` it speaks TLS from the first octet, else it offers STARTTLS. A message is
+written to ``FOLDER/taken.jsonl`` before it is answered with 250. Each entry of
 ``FOLDER/faults.json`` is done as often as its ``times`` says, at ``connect``, ``mail``, ``rcpt``
 (of ``who``), ``data`` (its end) or ``taken`` (after the message was written down): ``answer`` with
 that line, ``drop`` the connection, or be ``slow`` for so many seconds.
@@ -22,12 +23,15 @@ from pathlib import Path
 class Server:
     """The process, seen from a test."""
 
-    def __init__(self, folder: Path, *, certificate: Path | None = None, port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, certificate: Path | None = None, tls: bool = False, port: int = 0
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.faults()
         command = [sys.executable, __file__, str(folder), str(port)]
         command += [str(certificate)] if certificate else []
+        command += ["tls"] if tls else []
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
@@ -62,7 +66,7 @@ def certificate(folder: Path) -> Path:
     return path
 
 
-def _serve(folder: Path, port: int, certified: str | None) -> None:
+def _serve(folder: Path, port: int, certified: str | None = None, tls: str = "") -> None:
     from aiosmtpd.smtp import SMTP, AuthResult
 
     used: Counter[int] = Counter()
@@ -106,7 +110,7 @@ def _serve(folder: Path, port: int, certified: str | None) -> None:
                 "from": envelope.mail_from,
                 "to": who,
                 "content": envelope.content.decode(),
-                "tls": session.ssl is not None,
+                "tls": session.ssl is not None or bool(tls),
                 "user": session.auth_data and session.auth_data.login.decode(),
             }
             with (folder / "taken.jsonl").open("a") as log:
@@ -128,14 +132,16 @@ def _serve(folder: Path, port: int, certified: str | None) -> None:
         return SMTP(
             Handler(),
             hostname="localhost",
-            tls_context=context,
+            tls_context=None if tls else context,
             authenticator=authenticate,
             auth_require_tls=False,
         )
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(connection, "127.0.0.1", port)
+        server = await loop.create_server(
+            connection, "127.0.0.1", port, ssl=context if tls else None
+        )
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()
 
@@ -143,4 +149,4 @@ def _serve(folder: Path, port: int, certified: str | None) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+    _serve(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -301,6 +301,16 @@ class TestEncrypted:
         assert box.send_due(settings_of(secure, **changes)) == Sent(sent=1)
         assert secure.taken[0]["tls"] and secure.taken[0]["user"] == "me"
 
+    def test_tls_from_the_first_octet(self, box, certified, trusted, tmp_path):
+        implicit = Server(tmp_path / "implicit", certificate=certified, tls=True)
+        try:
+            queue(box, "ada")
+            changes = {"tls": "tls", "user": "me", "password": "right"}
+            assert box.send_due(settings_of(implicit, **changes)) == Sent(sent=1)
+            assert implicit.taken[0]["tls"] and implicit.taken[0]["user"] == "me"
+        finally:
+            implicit.stop()
+
     def test_a_wrong_password_waits_for_a_better_one(self, box, secure, trusted, clock):
         queue(box, "ada")
         changes = {"tls": "starttls", "user": "me", "password": "wrong"}
