@@ -118,7 +118,7 @@ class Economy:
 
     HEAD is answered wherever GET is, with the same headers and no body. An answer of the API gets
     an ETag of its content, and whoever has that content already gets a 304; pages do that
-    themselves, without being made first.
+    themselves, without being made first. A page that was kept is answered right here.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -136,7 +136,11 @@ class Economy:
                 message = {**message, "body": b""}
             await send(message)
 
-        answer = _tagging(Request(scope), wanted) if scope["path"].startswith("/api/") else wanted
+        request = Request(scope)
+        if (kept := request.app.state.pages.at_once(request)) is not None:
+            await kept(scope, receive, wanted)
+            return
+        answer = _tagging(request, wanted) if scope["path"].startswith("/api/") else wanted
         await self.app({**scope, "method": "GET"}, receive, answer)
 
 

@@ -141,7 +141,7 @@ class TestFront:
         with store.write() as c:
             papers.add(c, rows)
         page = client(store).get("/").text
-        assert len(titles(page)) == 100 and "The 100 of 130 papers" in text(page)
+        assert len(titles(page)) == 50 and "The 50 of 130 papers" in text(page)
         assert "/papers?since=2026-01-31&amp;until=2026-01-31" in page
 
 
