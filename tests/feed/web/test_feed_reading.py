@@ -444,3 +444,9 @@ def test_static_files_are_kept_for_good_by_their_content(full):
         assert again.status_code == 304
     assert browser.get("/static/style.css").headers["cache-control"] == "no-cache"
     assert "Zero-Clause BSD" in browser.get("/static/htmx.LICENSE.txt").text
+
+
+def test_a_shared_page_offers_each_list_by_mail(full):
+    browser = client(full, "shared", public_url="https://papers.example")
+    assert "/subscribe?kind=wing&amp;value=learning" in browser.get("/papers?wing=learning").text
+    assert "/subscribe" not in client(full).get("/papers").text
