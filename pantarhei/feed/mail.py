@@ -84,8 +84,9 @@ def one_line(text: str, limit: int) -> str:
     >>> one_line("held \\r\\n  at last", 9)
     'held at …'
     """
-    line = "".join(c if c.isprintable() else " " for c in text)
-    line = " ".join(line.split())
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -122,8 +122,9 @@ def add(c: sa.Connection, rows: Iterable[Mapping[str, Any]], *, now: float | Non
 
     Raises :class:`RequestError` naming the row that cannot be taken.
     """
-    now = time.time() if now is None else now
     lock(c, "papers")  # two that add the same paper at once would not see each other's
+    # Taken once the turn has come: what a digest covered before is older, and what it left is not.
+    now = time.time() if now is None else now
     counts = {"new": 0, "changed": 0, "same": 0}
     prepared = (_normal(row) for row in rows)
     while chunk := list(islice(prepared, 1000)):
