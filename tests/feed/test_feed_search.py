@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sqlalchemy as sa
 from pantarhei.errors import RequestError
 from pantarhei.feed import papers, schema
 from pantarhei.feed.search import Searcher, index, meaning, text, upkeep
+from pantarhei.feed.search.turns import Turns
 from pantarhei.feed.store import Store
 from pantarhei.papers import catalogue
 
@@ -452,6 +454,35 @@ def test_threads_search_while_papers_come_and_go(store):
     assert failures == []
     assert searcher.search("blind quality 11").hits[0].paper.key == "n11"
     searcher.close()
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_turns_are_taken_in_order_and_never_lost(places):
+    turns, order, inside, most = Turns(places), [], [], []
+    gate = threading.Event()
+
+    def work(number: int) -> None:
+        with contextlib.suppress(ZeroDivisionError), turns:
+            inside.append(number)
+            most.append(len(inside))
+            order.append(number)
+            gate.wait()
+            inside.remove(number)
+            if number == 5:
+                raise ZeroDivisionError
+
+    threads = []
+    for number in range(8):
+        threads.append(threading.Thread(target=work, args=[number]))
+        threads[-1].start()
+        while len(order) + len(turns._waiting) <= number:  # until it works or waits
+            pass
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(order) == list(range(8)) and max(most) == places == turns._free
+    if places == 1:
+        assert order == list(range(8))
 
 
 def test_a_store_without_papers(store):

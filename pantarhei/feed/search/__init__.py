@@ -8,6 +8,7 @@ triggers write. Until they are built in a large store the database's own full te
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from pantarhei.feed.papers import Paper
 from pantarhei.feed.search import index, snippets, text, upkeep
 from pantarhei.feed.search.snippets import Snippet
 from pantarhei.feed.search.text import Filter, Found, Groups, Query
+from pantarhei.feed.search.turns import Turns
 from pantarhei.feed.store import Store
 
 __all__ = ["Hit", "Results", "Searcher", "Snippet"]
@@ -39,6 +41,7 @@ _SMALL = 5_000  # papers that are indexed while a search waits
 _REMEMBERED = 512  # rankings
 _MOST = 100  # papers in one answer
 _FARTHEST = 10_000
+_AFFINITY = hasattr(os, "sched_getaffinity")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Searcher:
         self._starting = threading.Lock()
         self._rankings: OrderedDict[object, _Ranking] = OrderedDict()
         self._remembering = threading.Lock()
+        self._turns = Turns(len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count() or 1)
 
     def refresh(self) -> None:
         """Index what is new and what changed, and embed it; what was done before is kept.
@@ -140,17 +144,18 @@ class Searcher:
         allowed = Filter(wing, status, since, until)
         allowed.conditions()  # says what is wrong with it
         limit, offset = max(1, min(limit, _MOST)), max(0, min(offset, _FARTHEST))
-        with self._store.read() as c:
-            ranking = self._ranked(c, query, allowed, offset + limit)
-            chosen = slice(offset, offset + limit)
-            ids = ranking.ids[chosen].tolist()
-            scores = dict(zip(ids, ranking.scores[chosen].tolist(), strict=True))
-            found = papers.by_id(c, ids)
-        said = ranking.query
-        words = snippets.pattern((*said.words, *" ".join(said.phrases).split()))
-        hits = tuple(
-            Hit(paper, scores[paper.id], snippets.cut(paper.summary, words)) for paper in found
-        )
+        with self._turns:
+            with self._store.read() as c:
+                ranking = self._ranked(c, query, allowed, offset + limit)
+                chosen = slice(offset, offset + limit)
+                ids = ranking.ids[chosen].tolist()
+                scores = dict(zip(ids, ranking.scores[chosen].tolist(), strict=True))
+                found = papers.by_id(c, ids)
+            said = ranking.query
+            words = snippets.pattern((*said.words, *" ".join(said.phrases).split()))
+            hits = tuple(
+                Hit(paper, scores[paper.id], snippets.cut(paper.summary, words)) for paper in found
+            )
         return Results(hits, ranking.total, ranking.corrected, time.perf_counter() - began)
 
     def suggest(self, query: str, limit: int = 8) -> tuple[Paper, ...]:
@@ -195,7 +200,7 @@ class Searcher:
         """Return the words' index, up to date where that takes no time; None where none is yet."""
         if self._upkeep.behind(c):
             if self._upkeep.small(c, _SMALL):
-                self._upkeep.words(wait=self._upkeep.state is None)
+                self._upkeep.words()
             self._refresh_in_background()
         return self._upkeep.state
 

@@ -100,7 +100,8 @@ class Postings:
         rows = self._every(known) if every else self._any(known)
         if mask is not None:
             rows = rows[mask[rows]]
-        scores = self._scores(rows, [t for terms in known for t in terms])
+        aligned = every and all(len(terms) == 1 for terms in known)
+        scores = self._scores(rows, [t for terms in known for t in terms], aligned)
         best = _best(scores, rows, k)
         ids = self.facts.ids[rows]
         return Found(ids[best], scores[best].astype(float), len(rows), ids)
@@ -168,19 +169,25 @@ class Postings:
         places[places == len(held)] = 0
         return places, held[places] == rows
 
-    def _scores(self, rows: Integers, terms: Sequence[int]) -> NDArray[np.float32]:
+    def _scores(self, rows: Integers, terms: Sequence[int], aligned: bool) -> NDArray[np.float32]:
+        """Add up what each row gains; ``aligned``: every row holds every word."""
         scores = np.zeros(len(rows), np.float32)
-        dense = np.zeros(len(self.facts.ids), np.float32)
+        marked = np.zeros(len(self.facts.ids), bool if aligned else np.float32)
+        if aligned:
+            marked[rows] = True
         spread = False
         for term in terms:
             part, weight = self._slice(term), np.float32(self._weight(term))
+            held, gains = self.rows[part], self.gains[part]
             if self._worth_looking_up(term, rows):
                 places, there = self._places(term, rows)
-                scores += np.where(there, self.gains[part][places], 0) * weight
+                scores += np.where(there, gains[places], 0) * weight
+            elif aligned:  # those of the word's rows that are ours are all of ours, in order
+                scores += gains[np.flatnonzero(marked[held])] * weight
             else:
-                dense[self.rows[part]] += self.gains[part] * weight
+                marked[held] += gains * weight
                 spread = True
-        return scores + dense[rows] if spread else scores
+        return scores + marked[rows] if spread else scores
 
     def _weight(self, term: int) -> float:
         n = self._size([term])

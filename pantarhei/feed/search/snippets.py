@@ -6,10 +6,12 @@ import html
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from pantarhei.feed.search.words import fold, stem
 
 _LENGTH = 240  # characters
+_PLACES = 16  # of words that are looked at
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def cut(text: str, words: re.Pattern[str] | None) -> Snippet:
     folded = fold(text)
     if len(folded) != len(text):  # an accent was a character of its own: positions would shift
         folded = text
-    places = [found.span() for found in words.finditer(folded)] if words is not None else []
+    found = words.finditer(folded) if words is not None else ()
+    places = [one.span() for one in islice(found, _PLACES)]
     start = _window(places, folded)
     # not in the middle of a word, and better from the beginning of a sentence nearby
     if start:
@@ -93,14 +96,18 @@ def cut(text: str, words: re.Pattern[str] | None) -> Snippet:
 def _window(places: Sequence[tuple[int, int]], folded: str) -> int:
     """Return where a window with the most different words begins, the first of equals."""
     best, start = 0, 0
-    for index, (first, _) in enumerate(places[:32]):
-        if first >= len(folded) - _LENGTH // 2 and best:
-            break
+    names = [folded[a : a + 4] for a, _ in places]
+    most = len(set(names))
+    for index, (first, _) in enumerate(places):
         inside = {
-            folded[a : a + 4] for a, b in places[index : index + 12] if b <= first + _LENGTH - 40
+            name
+            for name, (_, b) in zip(names[index:], places[index:], strict=True)
+            if b <= first + _LENGTH - 40
         }
         if len(inside) > best:
             best, start = len(inside), first
+        if best == most:
+            break
     if start <= _LENGTH // 3 or len(folded) <= _LENGTH:
         return 0
     return max(0, min(start - 40, len(folded) - _LENGTH))

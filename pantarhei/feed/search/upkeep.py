@@ -20,7 +20,7 @@ from pantarhei.feed.search import meaning as meanings
 from pantarhei.feed.search.meaning import Model
 from pantarhei.feed.search.postings import Postings
 from pantarhei.feed.store import Store, fact, keep_facts
-from pantarhei.files import atomic, read_json, write_json
+from pantarhei.files import atomic
 
 _BATCH = 256  # papers that are embedded, and committed, at a time
 _KEPT = 5_000  # papers from which on the indices are kept on disk
@@ -73,11 +73,9 @@ class Upkeep:
         some = sa.select(papers.c.id).limit(most + 1).subquery()
         return c.execute(sa.select(sa.func.count()).select_from(some)).scalar_one() <= most
 
-    def words(self, wait: bool = True) -> None:
-        """Bring the words up to date; without ``wait`` leave it to whoever is at it."""
-        if not self._wording.acquire(blocking=wait):
-            return
-        try:
+    def words(self) -> None:
+        """Bring the words up to date."""
+        with self._wording:
             state = self.state or self._saved_words()
             with self._store.read() as c:
                 n = _newest(c)
@@ -91,8 +89,6 @@ class Upkeep:
             self.state = State(n, words)
             if grown and len(words) >= _KEPT and self._folder is not None:
                 self._keep_words(self._folder, self.state)
-        finally:
-            self._wording.release()
 
     def meaning(self) -> None:
         """Embed what has to be, and bring the index of meanings up to date."""
@@ -203,27 +199,24 @@ class Upkeep:
         return State(int(found[1]["n"]), found[0])
 
     def _keep_near(self, folder: Path, near: index.Approximate, model: Model, n: int) -> None:
-        described = {"n": n, "store": self._mark(), "model": model.name, "papers": near.count}
+        described = {"n": n, "store": self._mark(), "model": model.name}
         try:
-            # The description goes first and comes last: it never describes other lists.
-            (folder / "meaning.json").unlink(missing_ok=True)
-            with atomic(folder / "meaning.faiss") as path:
-                near.save(path)
-            write_json(folder / "meaning.json", described)
-        except (RequestError, OSError):
-            pass
+            with atomic(folder / "meanings.npz") as path:
+                near.save(path, described)
+        except RequestError:
+            pass  # a full disk: it is made again at the next start
 
     def _saved_near(self, model: Model) -> None:
-        if self._folder is None or not (self._folder / "meaning.json").exists():
+        if self._folder is None or not (self._folder / "meanings.npz").exists():
             return
         try:
-            described = read_json(self._folder / "meaning.json")
-            if not self._continues(described) or described.get("model") != model.name:
-                return
-            near = index.read(self._folder / "meaning.faiss")
-        except (RequestError, ImportError):
+            found = index.read(self._folder / "meanings.npz")
+        except ImportError:
             return
-        if near.count == described.get("papers") and near.lists.d == model.dimensions:
+        if found is None or not self._continues(found[1]):
+            return
+        near, described = found
+        if described.get("model") == model.name and len(near.low) == model.dimensions:
             self.near, self._near_n = near, int(described["n"])
 
     def _continues(self, described: Any) -> bool:

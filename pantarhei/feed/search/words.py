@@ -99,22 +99,27 @@ class Vocabulary:
     papers: int = 0
     stems: Collection[str] = ()
     _ordered: list[str] = field(default_factory=list, repr=False)
-    _by_length: dict[int, list[str]] = field(default_factory=dict, repr=False)
+    _alike: dict[tuple[str, int], list[str]] = field(default_factory=dict, repr=False)
     _corrected: dict[str, str | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._ordered.extend(sorted(self.counts))
+        for word in self._ordered:
+            if self._meant(word):
+                self._alike.setdefault((word[0], len(word)), []).append(word)
+
+    def _meant(self, word: str) -> bool:
+        """Whether a word is what somebody may have meant."""
         # In a large store a word that stands in one paper only may be that paper's own slip.
         least = 2 if self.papers >= 1000 else 1
-        for word in self._ordered:
-            if self.counts[word] >= least and word.isalpha() and len(word) <= _LONGEST:
-                self._by_length.setdefault(len(word), []).append(word)
+        return self.counts.get(word, 0) >= least and word.isalpha() and len(word) <= _LONGEST
 
     def correct(self, word: str) -> str | None:
         """Return the word that was meant: itself where it is known, None where nothing is near.
 
         One slip (a letter too many, missing, wrong, or two exchanged) is forgiven in words of four
-        letters and more, two from eight on. Among words equally near the more frequent is meant.
+        letters and more, two behind the first letter from eight on. Among words equally near the
+        more frequent is meant.
         """
         if word in self.counts:
             return word
@@ -131,27 +136,36 @@ class Vocabulary:
         return stem(word) in self.stems
 
     def _nearest(self, word: str) -> str | None:
+        found = {other for other in self.counts.keys() & _one_slip(word) if self._meant(other)}
+        if not found and len(word) >= 8:
+            found = self._two_slips(word)
+        # people rarely miss the first letter
+        return max(found, key=lambda w: (w[0] == word[0], self.counts[w], w), default=None)
+
+    def _two_slips(self, word: str) -> set[str]:
+        """Return the words two slips away that begin with the same letter."""
         from rapidfuzz import process
         from rapidfuzz.distance import OSA
 
-        slips = 1 if len(word) < 8 else 2
-        for far in range(1, slips + 1):
-            found: list[tuple[str, float, int]] = []
-            for length in range(len(word) - far, len(word) + far + 1):
-                found += process.extract(  # type: ignore[call-overload]
-                    word,
-                    self._by_length.get(length, []),
-                    scorer=OSA.distance,
-                    score_cutoff=far,
-                    limit=None,
-                )
-            if found:
-                # people rarely miss the first letter
-                return max(found, key=lambda f: (f[0][0] == word[0], self.counts[f[0]]))[0]
-        return None
+        lengths = range(len(word) - 2, len(word) + 3)
+        alike = [other for n in lengths for other in self._alike.get((word[0], n), ())]
+        found = process.extract(word, alike, scorer=OSA.distance, score_cutoff=2, limit=None)
+        return {other for other, _, _ in found}
 
     def complete(self, start: str, limit: int = 24) -> list[str]:
         """Return the words that begin with ``start``, the most frequent first."""
         first = bisect_left(self._ordered, start)
         last = bisect_left(self._ordered, start + "\U0010ffff")
         return sorted(self._ordered[first:last], key=lambda w: (-self.counts[w], w))[:limit]
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _one_slip(word: str) -> set[str]:
+    """Return everything one slip away: some fifty per letter, whatever the vocabulary's size."""
+    parts = [(word[:place], word[place:]) for place in range(len(word) + 1)]
+    found = {a + letter + b for a, b in parts for letter in _LETTERS}
+    found |= {a + letter + b[1:] for a, b in parts if b for letter in _LETTERS}
+    found |= {a + b[1:] for a, b in parts if b}
+    return found | {a + b[1] + b[0] + b[2:] for a, b in parts if len(b) > 1}
