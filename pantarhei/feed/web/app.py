@@ -102,7 +102,7 @@ def create_app(
     app.state.letterhead, app.state.sender = letterhead, sender
     static = _Static.shipped()
     templates.env.globals |= {"static": static.address, "version": app.version}
-    for part in (reading, taking_part, atom, exports, api, static):
+    for part in (reading, taking_part, atom, api, exports, static):
         app.include_router(part.router)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestError, _refuse)
@@ -118,7 +118,7 @@ class Economy:
 
     HEAD is answered wherever GET is, with the same headers and no body. An answer of the API gets
     an ETag of its content, and whoever has that content already gets a 304; pages do that
-    themselves, without being made first.
+    themselves, without being made first. A page that was kept is answered right here.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -136,7 +136,11 @@ class Economy:
                 message = {**message, "body": b""}
             await send(message)
 
-        answer = _tagging(Request(scope), wanted) if scope["path"].startswith("/api/") else wanted
+        request = Request(scope)
+        if (kept := request.app.state.pages.at_once(request)) is not None:
+            await kept(scope, receive, wanted)
+            return
+        answer = _tagging(request, wanted) if scope["path"].startswith("/api/") else wanted
         await self.app({**scope, "method": "GET"}, receive, answer)
 
 

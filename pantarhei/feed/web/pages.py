@@ -78,12 +78,7 @@ class Pages:
         """
         visitor = taking_part.visitor(request)
         account = visitor.account
-        key = (
-            request.url.path,
-            request.url.query,
-            name,
-            None if account is None else account.id,
-        )
+        key = _key(request, visitor)
         state = self._state.now() if keep else None
         kept = self._look(key, state) if keep else None
         if kept is None:
@@ -97,7 +92,20 @@ class Pages:
             kept = _Kept(state, body, digest, _MARK.encode() in body)
             if keep:
                 self._keep(key, kept)
-        return self._answer(request, kept, status, taking_part.visitor(request))
+        return self._answer(request, kept, status, visitor)
+
+    def at_once(self, request: Request) -> Response | None:
+        """Answer with a page that was kept, where that takes no look into the store; else None.
+
+        For the event loop: nothing here waits.
+        """
+        asked, owner = request.state.asked, getattr(request.app.state, "owner", None)
+        unknown = asked.session is not None or (asked.site.mode == "local" and owner is None)
+        if unknown or not self._state.near:
+            return None
+        visitor = taking_part.visitor(request)
+        kept = self._look(_key(request, visitor), self._state.now())
+        return None if kept is None else self._answer(request, kept, 200, visitor)
 
     def close(self) -> None:
         """Close the connection that watches the store."""
@@ -134,6 +142,11 @@ class Pages:
                 self._bytes -= len(self._kept.popitem(last=False)[1].body)
 
 
+def _key(request: Request, visitor: taking_part.Visitor) -> tuple[Any, ...]:
+    account = visitor.account
+    return request.scope["path"], request.scope["query_string"], account and account.id
+
+
 class _State:
     """Tells whether anything was committed to the store since, without reading what.
 
@@ -149,11 +162,19 @@ class _State:
             self._watch = sqlite3.connect(store.path, timeout=60, check_same_thread=False)
             self._watch.execute("PRAGMA query_only = ON")
 
+    @property
+    def near(self) -> bool:
+        """Whether the store is asked without waiting."""
+        return self._watch is not None
+
     def now(self) -> object:
         if self._watch is not None:
             # It changes when another connection, of whichever process, has committed.
-            with self._lock:
-                return self._watch.execute("PRAGMA data_version").fetchone()[0]
+            try:
+                with self._lock:
+                    return self._watch.execute("PRAGMA data_version").fetchone()[0]
+            except sqlite3.Error:
+                return object()  # like no other: the store is asked, and says what is wrong
         with self._store.read() as c:
             # What is committed: everything below, but what still ran.
             return c.scalar(sa.text("SELECT pg_current_snapshot()::text"))

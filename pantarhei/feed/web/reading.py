@@ -21,7 +21,7 @@ from pantarhei.papers import WINGS
 
 router = APIRouter(include_in_schema=False)
 
-_ON_A_DAY = 100  # papers shown of one day, the hottest
+_ON_A_DAY = 50  # papers shown of one day, the hottest
 _ON_A_PAGE = 50
 _FOUND = 20
 _QUERY = 200  # characters

@@ -8,6 +8,8 @@ from datetime import date, datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from markupsafe import Markup, escape
+
 from pantarhei.feed.papers import Paper
 from pantarhei.report import number
 
@@ -170,6 +172,17 @@ def code_name(url: str) -> str:
     return url.partition("://")[2].rstrip("/") or url
 
 
+def coded(text: str) -> Markup:
+    """Show what stands in backticks as code.
+
+    >>> coded("List `date` & more")
+    Markup('List <code>date</code> &amp; more')
+    """
+    parts = [escape(part) for part in text.split("`")]
+    shown = (Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts))
+    return Markup("").join(shown)
+
+
 def listing_words(filters: Mapping[str, str | None]) -> str:
     """Say which papers a listing holds, for its title.
 
@@ -190,6 +203,6 @@ FILTERS = {
     function.__name__: function
     for function in (
         *(day, moment, plural, figure, bound, badge, by, gist, machine, commit, took),
-        *(paper_path, code_name),
+        *(paper_path, code_name, coded),
     )
 }

@@ -9,6 +9,7 @@ import re
 import pytest
 import sqlalchemy as sa
 from _reading import LOCAL, client, filled, text, titles
+from _visiting import PUBLIC, Visitor, application
 
 from pantarhei.feed import papers, schema
 from pantarhei.feed.search import Searcher
@@ -141,7 +142,7 @@ class TestFront:
         with store.write() as c:
             papers.add(c, rows)
         page = client(store).get("/").text
-        assert len(titles(page)) == 100 and "The 100 of 130 papers" in text(page)
+        assert len(titles(page)) == 50 and "The 50 of 130 papers" in text(page)
         assert "/papers?since=2026-01-31&amp;until=2026-01-31" in page
 
 
@@ -444,3 +445,26 @@ def test_static_files_are_kept_for_good_by_their_content(full):
         assert again.status_code == 304
     assert browser.get("/static/style.css").headers["cache-control"] == "no-cache"
     assert "Zero-Clause BSD" in browser.get("/static/htmx.LICENSE.txt").text
+
+
+def test_a_shared_page_offers_each_list_by_mail(full):
+    browser = client(full, "shared", public_url="https://papers.example")
+    assert "/subscribe?kind=wing&amp;value=learning" in browser.get("/papers?wing=learning").text
+    assert "/subscribe" not in client(full).get("/papers").text
+
+
+def test_what_was_kept_for_one_is_not_shown_to_another(store):
+    app = application(store)
+    people = {name: Visitor(app, PUBLIC, f"198.51.100.{n}") for n, name in enumerate("abc")}
+    for name in "ab":
+        people[name].log_in(store, f"{name}@example.org")
+    people["a"].open("/papers")
+    people["a"].press("/paper-1/vote")
+    for _ in range(2):  # made, then kept
+        pages = {name: visitor.open("/papers") for name, visitor in people.items()}
+        assert pages["a"].count('aria-pressed="true"') == 1
+        assert pages["b"].count('aria-pressed="true"') == 0
+        assert "aria-pressed" not in pages["c"] and "csrf" not in pages["c"]
+        assert "a@example.org" not in pages["b"] + pages["c"]
+        tokens = {name: set(re.findall(r'csrf" value="([^"]+)"', pages[name])) for name in "ab"}
+        assert len(tokens["a"] | tokens["b"]) == 2
