@@ -104,6 +104,8 @@ def show_paper(card: Card, recipe: Recipe | None) -> None:
         for key in recipe.settings[scales[0]]
     )
     emit(table("Settings", ("setting", *scales), settings))
+    if card.own is not None:
+        emit(f"On your own data: {card.own}")
     emit(f"Run it: {' | '.join(f'pantarhei run {card.slug} --scale {s}' for s in scales)}\n")
     if entries := newest(card.slug):
         measured = (

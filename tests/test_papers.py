@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import datetime
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 from toy_recipe import ROOT, SLUG, install
 
-from pantarhei import papers
+from pantarhei import cli, papers
 from pantarhei.errors import RequestError
 from pantarhei.papers import Card, card, catalogue, find, load_recipe
 from pantarhei.runs import Recipe
@@ -107,3 +110,20 @@ def test_a_match_in_the_title_comes_before_one_in_the_summary():
 def test_an_unknown_filter_names_the_nearest(options):
     with pytest.raises(RequestError, match=r"Did you mean '(compute|runs)'"):
         find(**options)
+
+
+@pytest.mark.parametrize("paper", [c for c in papers.catalogue() if c.own], ids=lambda c: c.slug)
+def test_the_command_for_ones_own_data_is_one_that_exists(paper):
+    assert paper.status == "runs"
+    program, *words = shlex.split(paper.own)
+    if program == "python":
+        assert (Path(__file__).parent.parent / words[0]).exists()
+        return
+    command = typer.main.get_command(cli.app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context("pantarhei", words)  # refuses unknown options and values of a wrong type
+
+
+def test_every_paper_that_runs_says_what_to_do_with_ones_own_data():
+    assert all(card.own for card in papers.catalogue() if card.status == "runs")

@@ -25,6 +25,8 @@ WINGS = ("compute", "systems", "learning")
 class Card:
     """A paper's facts. ``date`` is ISO 8601; ``code`` the authors' repository, where there is one.
 
+    ``own`` is the command that runs the method on the reader's own data, once there is one.
+
     >>> card("rbqe").wing
     'compute'
     """
@@ -37,6 +39,7 @@ class Card:
     code: str | None
     wing: Literal["compute", "systems", "learning"]
     summary: str
+    own: str | None = None
 
     @property
     def module(self) -> str:

@@ -17,7 +17,7 @@ from pantarhei.errors import RequestError
 from pantarhei.feed import papers, people, schema, trends
 from pantarhei.feed.web import pictures, taking_part, wording
 from pantarhei.feed.web.pages import Pages, conditional
-from pantarhei.papers import WINGS
+from pantarhei.papers import WINGS, card
 
 router = APIRouter(include_in_schema=False)
 
@@ -177,6 +177,7 @@ def paper(request: Request, key: str) -> Response:
         return {
             "paper": found,
             "measured": [m for m in measured if m.claims],
+            "own": card(found.key).own if found.source == "catalogue" else None,
             "plots": pictures.plots(_newest_folder(c, found.id)),
             "related": related,
             "part": taking_part.part(c, taking_part.visitor(request), found),
