@@ -106,6 +106,7 @@ def test_meaning_finds_what_words_do_not(store):
         row("tax", "Fiscal policy", "On revenue of the state."),
     )
     searcher = Searcher(store)
+    searcher._refresh_in_background = lambda: None
     assert keys(searcher.search("kitten naps")) == ["cats"]  # a word of it
     assert keys(searcher.search("car")) == []
     searcher.refresh()

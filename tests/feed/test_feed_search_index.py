@@ -89,7 +89,9 @@ def test_bm25_is_the_formula_s(every):
     assert best.ids.tolist() == index_.search(QUERIES[0], every, None, 1000).ids[:7].tolist()
 
 
-def test_an_index_that_followed_is_the_one_made_anew(tmp_path):
+def test_an_index_that_followed_is_the_one_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(postings, "_PART", 37)
+    monkeypatch.setattr(postings, "_BATCH", 11)
     rows = {i: paper(i, 0) for i in range(1, 300)}
     index_ = postings.empty().updated([], rows.values())
     rng = np.random.default_rng(1)

@@ -34,7 +34,8 @@ from pantarhei.feed.search.text import NOTHING, WEIGHTS, Filter, Found, Groups
 from pantarhei.feed.search.words import Vocabulary, split, stem, stems
 
 _K, _B = 1.2, 0.75
-_BATCH = 1000  # papers that are read and counted at a time
+_BATCH = 1000  # papers that are read and counted at a time, and ...
+_PART = 5_000  # ... that are put into the index
 
 Integers = NDArray[np.integer[Any]]
 
@@ -111,16 +112,18 @@ class Postings:
         facts = self.facts
         gone = facts.alive & np.isin(facts.ids, np.fromiter(set(changed), np.int64))
         kept = replace(facts, alive=facts.alive & ~gone)
-        held = gone[self.rows]
-        before = np.concatenate([[0], np.cumsum(held)])
-        base = replace(
-            self,
-            facts=kept,
-            starts=self.starts - before[self.starts],
-            rows=self.rows[~held],
-            counts=self.counts[~held],
-        )
-        return _merged(base, _counted(base, rows))
+        base = replace(self, facts=kept)
+        if gone.any():
+            held = gone[self.rows]
+            before = np.cumsum(held, dtype=np.int32)  # of the postings that go, up to each
+            starts = self.starts.copy()
+            starts[1:] -= np.where(starts[1:] > 0, before[starts[1:] - 1], 0)
+            base = replace(base, starts=starts, rows=self.rows[~held], counts=self.counts[~held])
+        # by parts: what is sorted at a time is a tenth of a large store
+        index, rows = base, iter(rows)
+        while part := list(itertools.islice(rows, _PART)):
+            index = _merged(index, _counted(index, part))
+        return index if index is not base else _merged(base, _Count(base))
 
     def _terms(self, group: Sequence[str]) -> list[int]:
         """Return the numbers of the words of a group that the store knows."""
@@ -344,8 +347,12 @@ def _gains(facts: Facts, rows: Integers, counts: Integers) -> NDArray[np.float32
     lengths = facts.lengths[facts.alive]
     mean = float(lengths.mean()) if len(lengths) else 1.0
     slow = (_K * (1 - _B + _B * facts.lengths / max(mean, 1.0))).astype(np.float32)
-    f = counts.astype(np.float32)
-    return f * np.float32(_K + 1) / (f + slow[rows])
+    gains = np.empty(len(rows), np.float32)
+    for first in range(0, len(rows), 1 << 20):  # by parts, for the memory
+        part = slice(first, first + (1 << 20))
+        f = counts[part].astype(np.float32)
+        gains[part] = f * np.float32(_K + 1) / (f + slow[rows[part]])
+    return gains
 
 
 _ARRAYS = ("starts", "rows", "counts", "stem_of", "papers_with")

@@ -86,6 +86,7 @@ class Upkeep:
                 else:
                     words = state.words
             grown = state is None or abs(len(words) - len(state.words)) > len(words) // 100
+            words.vocabulary.prepare()
             self.state = State(n, words)
             if grown and len(words) >= _KEPT and self._folder is not None:
                 self._keep_words(self._folder, self.state)

@@ -98,15 +98,25 @@ class Vocabulary:
     counts: Mapping[str, int]
     papers: int = 0
     stems: Collection[str] = ()
-    _ordered: list[str] = field(default_factory=list, repr=False)
-    _alike: dict[tuple[str, int], list[str]] = field(default_factory=dict, repr=False)
     _corrected: dict[str, str | None] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
-        self._ordered.extend(sorted(self.counts))
-        for word in self._ordered:
+    @functools.cached_property
+    def _ordered(self) -> list[str]:
+        return sorted(self.counts)
+
+    @functools.cached_property
+    def _alike(self) -> Mapping[tuple[str, int], list[str]]:
+        """What may be meant, by first letter and length."""
+        found: dict[tuple[str, int], list[str]] = {}
+        for word in self.counts:
             if self._meant(word):
-                self._alike.setdefault((word[0], len(word)), []).append(word)
+                found.setdefault((word[0], len(word)), []).append(word)
+        return found
+
+    def prepare(self) -> Vocabulary:
+        """Make now what the first slip and the first started word would wait for."""
+        _ = self._ordered, self._alike
+        return self
 
     def _meant(self, word: str) -> bool:
         """Whether a word is what somebody may have meant."""
