@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -491,3 +492,14 @@ def test_a_store_without_papers(store):
     searcher.refresh()
     assert searcher.search("network").hits == () and searcher.search("").total == 0
     assert searcher.suggest("net") == () and searcher.related(1) == ()
+
+
+def test_loading_the_model_leaves_logging_as_it_was():
+    program = (
+        "import logging; from pantarhei.feed.search import meaning; meaning.load();"
+        "root = logging.getLogger(); print(root.handlers, root.level)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"[] {logging.WARNING}\n" and done.stderr == ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -93,14 +94,19 @@ def load() -> Model | None:
 def _load() -> Model | None:
     # One text at a time is the rule here, and forks are none of our business.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     try:
-        import wordllama
+        import wordllama  # which configures logging for the whole process
 
         # Named folders and no download: only what the wheel brought is read.
         folder = Path(wordllama.__file__).parent
         inner = wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
     except (ImportError, FileNotFoundError):
         return None
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
     return Model(inner)
 
 
