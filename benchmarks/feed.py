@@ -1,13 +1,13 @@
 """The page with many papers: search, front page, ingest, memory; beside a scan of TF-IDF.
 
-    python benchmarks/feed.py [--papers 100000] [--readers 16] [--store FILE] [--direct]
+    python benchmarks/feed.py [--papers 100000] [--readers 16] [--workers 1] [--store F] [--direct]
 
 Papers are synthetic: abstracts of 100 to 220 words, drawn by Zipf's law from a vocabulary of 70,000
 in which the field's own words are as frequent as on arXiv (three of four papers say "neural"), a
 third of them from one of 300 topics. Queries are distinct, so that no answer is remembered: topic
 words with and without common ones, common words alone, parts of titles, mistyped words, rare words,
 some with filters. Readers are a process of their own that asks over HTTP, each again as soon as it
-is answered, on the same cores as the server (``pantarhei serve``'s application under uvicorn).
+is answered, on the same cores as the server (``pantarhei serve``).
 
 The peer is what arXiv Sanity Lite does: a TF-IDF matrix (scikit-learn, 20,000 words) of which each
 row is multiplied by the query's and all are sorted: a function call, no HTTP, no papers read.
@@ -42,13 +42,6 @@ results state propose tasks networks problem show paper graph language large rep
 information algorithm framework efficient learned features dynamic prediction optimization
 """.split()  # noqa: SIM905
 SYLLABLES = "karomitensolverdalinquextrophazenborgranyloshimurtal"
-SERVER = """
-import sys, uvicorn
-from pantarhei.feed.store import Store
-from pantarhei.feed.web.app import create_app
-uvicorn.run(create_app(Store(sys.argv[1])), port=int(sys.argv[2]), log_level="warning",
-            access_log=False)
-"""
 
 
 class Corpus:
@@ -219,26 +212,38 @@ def scan(store: Store) -> Callable[[dict[str, str]], object]:
 
 
 def memory(process: int | None = None) -> float:
-    """Return the megabytes that a process holds."""
-    status = Path(f"/proc/{process or os.getpid()}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+    """Return the megabytes that a process holds, or the largest of its workers does."""
+    return max(
+        int(Path(f"/proc/{one}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+        for one in family(process or os.getpid())
+    )
 
 
 def processor(process: int | None = None) -> float:
-    """Return the seconds that a process has computed."""
-    fields = Path(f"/proc/{process or os.getpid()}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the seconds that a process and its workers have computed."""
+    spent = 0
+    for one in family(process or os.getpid()):
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        spent += int(fields[11]) + int(fields[12])
+    return spent / os.sysconf("SC_CLK_TCK")
+
+
+def family(process: int) -> list[int]:
+    """Return a process and its children."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *map(int, children)]
 
 
 class Server:
-    """The application in a process of its own."""
+    """``pantarhei serve``, in processes of its own."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, workers: int) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-c", SERVER, str(store.path), str(self.port)]
-        self.process = subprocess.Popen(command)
+        command = [sys.executable, "-m", "pantarhei", "serve", "--store", str(store.path)]
+        command += ["--port", str(self.port), "--workers", str(workers)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         began = time.perf_counter()
         while time.perf_counter() - began < 120 and self.process.poll() is None:
             try:
@@ -260,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--readers", type=int, default=16)
     parser.add_argument("--queries", type=int, default=3000)
     parser.add_argument("--scans", type=int, default=300, help="of the queries, by the peer")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the server")
     parser.add_argument("--store", type=Path, help="made where it does not exist, and kept")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--http", dest="direct", action="store_false", help="the page (the default)")
@@ -298,7 +304,7 @@ def grow(store: Store, corpus: Corpus) -> None:
 
 def compare(store: Store, asked: list[dict[str, str]], given: argparse.Namespace) -> None:
     if not given.direct:
-        ours = by_web(store, asked, given.readers)
+        ours = by_web(store, asked, given.readers, given.workers)
     else:
         before = memory()
         searcher = Searcher(store)
@@ -333,15 +339,15 @@ def watched(what: str, server: Server, paths: Sequence[str], readers: int) -> Ti
     return found
 
 
-def by_web(store: Store, asked: list[dict[str, str]], readers: int) -> Times:
-    server = Server(store)
+def by_web(store: Store, asked: list[dict[str, str]], readers: int, workers: int) -> Times:
+    server = Server(store, workers)
     try:
         paths = [f"/search?{urlencode(one)}" for one in asked]
         quick = 0
         for number in range(600):  # until the index answers: common words are slow without it
             path = f"/search?q=neural+network+data+{number}"
             quick = quick + 1 if over_http(server.port, [path], 1).at(1) < 150 else 0
-            if quick == 5:
+            if quick == 5 * workers:
                 break
             time.sleep(0.5 if number > 5 else 0)
         print(f"server: answers after {server.started:.2f} s")
@@ -350,7 +356,8 @@ def by_web(store: Store, asked: list[dict[str, str]], readers: int) -> Times:
             "the same, JSON", server, [f"/api/v1{path}&limit=20" for path in paths[20:]], readers
         )
         watched("front page", server, ["/"] * len(paths), readers)
-        print(f"memory of the server with the embedding model: {memory(server.process.pid):.0f} MB")
+        held = memory(server.process.pid)
+        print(f"memory of the server, or a worker, with the embedding model: {held:.0f} MB")
         return ours
     finally:
         server.close()
