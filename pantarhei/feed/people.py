@@ -256,6 +256,13 @@ def tags(c: sa.Connection, paper: int | None = None, *, limit: int = 100) -> lis
     return [(tag, times) for tag, times in found]
 
 
+def voted(c: sa.Connection, account: int, ids: Sequence[int]) -> frozenset[int]:
+    """Return which of some papers an account has voted for."""
+    votes = schema.votes
+    conditions = votes.c.account == account, votes.c.paper.in_(ids)
+    return frozenset(c.scalars(sa.select(votes.c.paper).where(*conditions)))
+
+
 def mine(c: sa.Connection, account: int, ids: Sequence[int]) -> Mine:
     """Return what an account gave to some papers."""
 
@@ -267,7 +274,7 @@ def mine(c: sa.Connection, account: int, ids: Sequence[int]) -> Mine:
     for paper, name in sorted(tuple(row) for row in given(schema.tags, schema.tags.c.tag)):
         tagged[paper] = (*tagged.get(paper, ()), name)
     return Mine(
-        frozenset(row.paper for row in given(schema.votes)),
+        voted(c, account, ids),
         frozenset(row.paper for row in given(schema.saved)),
         tagged,
     )

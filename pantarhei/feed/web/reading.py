@@ -287,7 +287,7 @@ def _mine(request: Request, c: sa.Connection, shown: Sequence[papers.Paper]) -> 
     account = taking_part.visitor(request).account
     if account is None or not shown:
         return {"voted": frozenset()}
-    return {"voted": people.mine(c, account.id, [paper.id for paper in shown]).votes}
+    return {"voted": people.voted(c, account.id, [paper.id for paper in shown])}
 
 
 def _newest_folder(c: sa.Connection, paper: int) -> str:
