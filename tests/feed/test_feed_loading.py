@@ -19,14 +19,7 @@ from pantarhei.feed.papers import Added
 from pantarhei.papers import catalogue
 from pantarhei.records import export_records, import_records
 
-EVIDENCE = next(
-    folder
-    for folder in (
-        Path(str(resources.files("pantarhei.papers").joinpath("evidence"))),
-        Path(__file__).parents[2] / "evidence",
-    )
-    if folder.exists()
-)
+EVIDENCE = Path(str(resources.files("pantarhei.papers").joinpath("evidence")))
 
 
 def run(uid, paper="rbqe", scale="quick", date="2026-01-01T00:00:00Z", **other):

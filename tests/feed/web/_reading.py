@@ -8,11 +8,12 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
+from pantarhei import papers
 from pantarhei.feed import loading
 from pantarhei.feed.store import Store
 from pantarhei.feed.web.app import create_app
 
-EVIDENCE = Path(__file__).parents[3] / "evidence"
+EVIDENCE = Path(papers.__file__).parent / "evidence"
 LOCAL = "http://localhost:8000"
 
 
