@@ -241,7 +241,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "pantarhei", "serve", "--store", str(store.path)]
+        command = [sys.executable, "-m", "pantarhei", "serve", "--mine", "--store", str(store.path)]
         command += ["--port", str(self.port), "--workers", str(workers)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         began = time.perf_counter()

@@ -14,11 +14,12 @@ def serve(
         str | None,
         typer.Option(help="A file, or postgresql://...; the user's own unless named."),
     ] = None,
-    shared: Annotated[
-        bool, typer.Option("--shared", help="For many people, who log in by mail.")
+    mine: Annotated[
+        bool,
+        typer.Option("--mine", help="For you alone, who may vote, comment, tag and keep a list."),
     ] = False,
-    read_only: Annotated[
-        bool, typer.Option("--read-only", help="For many people, who only read.")
+    shared: Annotated[
+        bool, typer.Option("--shared", help="For many people, who log in by mail to do so.")
     ] = False,
     public_url: Annotated[
         str | None,
@@ -32,16 +33,19 @@ def serve(
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that answer.")] = 1,
 ) -> None:
-    """Serve the page: papers, search, and what was measured of their claims."""
+    """Serve the page: papers, search, and what was measured of their claims; for reading only.
+
+    --mine and --shared let people take part.
+    """
     from pantarhei.errors import RequestError
     from pantarhei.feed.commands import installed
 
-    if shared and read_only:
-        raise RequestError("A page is shared or read-only: choose --shared or --read-only.")
+    if shared and mine:
+        raise RequestError("A page is yours alone or shared: choose --mine or --shared.")
     with installed():
         from pantarhei.feed.web import serving
         from pantarhei.feed.web.security import Mode
-    mode: Mode = "shared" if shared else "reading" if read_only else "local"
+    mode: Mode = "shared" if shared else "local" if mine else "reading"
     # For oneself, an address set for mail (PANTARHEI_URL) is not this page's.
     url = public_url if mode != "local" else None
     serving.serve(serving.Plan(mode, store, url, tuple(proxy or ())), host, port, workers)

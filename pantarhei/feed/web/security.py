@@ -436,7 +436,7 @@ class Guard:
             raise HTTPException(
                 403,
                 "This page serves one person on their own machine, and a proxy would let everybody "
-                "in as them: start it with --shared or --read-only.",
+                "in as them: start it with --shared, or without --mine.",
             )
 
     def _ask(self, scope: Scope, headers: Headers) -> Asked:

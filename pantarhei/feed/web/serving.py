@@ -49,8 +49,8 @@ class Plan:
             raise RequestError(f"{workers} workers cannot serve: choose 1 to {_WORKERS}.")
         if self.mode == "local" and not _is_loopback(host):
             raise RequestError(
-                f"At {host} everybody on the network would take part as you: add --shared or "
-                "--read-only, or listen at 127.0.0.1."
+                f"At {host} everybody on the network would take part as you: leave --mine out, "
+                "take --shared, or listen at 127.0.0.1."
             )
 
 

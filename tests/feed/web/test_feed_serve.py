@@ -103,7 +103,7 @@ def test_ends_when_interrupted(tmp_path):
 
 
 def test_several_workers_answer_alike(tmp_path):
-    with served(tmp_path, "--workers", "2", "--read-only") as (address, _):
+    with served(tmp_path, "--workers", "2") as (address, _):
         tags = {httpx.get(address, timeout=60).headers["etag"] for _ in range(8)}
         assert len(tags) == 1
 
@@ -119,14 +119,14 @@ def test_a_taken_port_is_one_sentence(tmp_path):
     ("words", "says"),
     [
         (["--port", "70000"], "70000 is no port"),
-        (["--read-only", "--host", "nowhere.invalid"], "no address of this machine"),
-        (["--host", "192.0.2.1"], "everybody on the network"),
-        (["--host", "0.0.0.0"], "add --shared or --read-only"),
+        (["--host", "nowhere.invalid"], "no address of this machine"),
+        (["--mine", "--host", "192.0.2.1"], "everybody on the network"),
+        (["--mine", "--host", "0.0.0.0"], "leave --mine out"),
         (["--shared"], "PANTARHEI_URL"),
         (["--shared", "--public-url", "ftp://x"], "is no address for the page"),
-        (["--shared", "--read-only"], "choose --shared or --read-only"),
+        (["--shared", "--mine"], "choose --mine or --shared"),
         (["--workers", "0"], "choose 1 to"),
-        (["--read-only", "--proxy", "nonsense"], "no address of a proxy"),
+        (["--proxy", "nonsense"], "no address of a proxy"),
         (["--port", "0", "--store", "mysql://root:secret@host/db"], "not one that pantarhei knows"),
         (["--port", "0", "--store", "postgresql://127.0.0.1:1/db"], "cannot be reached"),
         (["--port", "x"], "port"),
