@@ -351,10 +351,10 @@ def by_web(store: Store, asked: list[dict[str, str]], readers: int, workers: int
                 break
             time.sleep(0.5 if number > 5 else 0)
         print(f"server: answers after {server.started:.2f} s")
-        ours = watched("search over HTTP", server, paths[20:], readers)
-        watched(
-            "the same, JSON", server, [f"/api/v1{path}&limit=20" for path in paths[20:]], readers
-        )
+        half = len(paths) // 2  # what was asked once is remembered
+        ours = watched("search over HTTP", server, paths[20:half], readers)
+        jsons = [f"/api/v1{path}&limit=20" for path in paths[half:]]
+        watched("search over HTTP, JSON", server, jsons, readers)
         watched("front page", server, ["/"] * len(paths), readers)
         held = memory(server.process.pid)
         print(f"memory of the server, or a worker, with the embedding model: {held:.0f} MB")

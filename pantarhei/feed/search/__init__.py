@@ -8,7 +8,6 @@ triggers write. Until they are built in a large store the database's own full te
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -25,7 +24,7 @@ from pantarhei.feed.papers import Paper
 from pantarhei.feed.search import index, snippets, text, upkeep
 from pantarhei.feed.search.snippets import Snippet
 from pantarhei.feed.search.text import Filter, Found, Groups, Query
-from pantarhei.feed.search.turns import Turns
+from pantarhei.feed.search.turns import Turns, processors
 from pantarhei.feed.store import Store
 
 __all__ = ["Hit", "Results", "Searcher", "Snippet"]
@@ -41,7 +40,6 @@ _SMALL = 5_000  # papers that are indexed while a search waits
 _REMEMBERED = 512  # rankings
 _MOST = 100  # papers in one answer
 _FARTHEST = 10_000
-_AFFINITY = hasattr(os, "sched_getaffinity")
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class Searcher:
         self._starting = threading.Lock()
         self._rankings: OrderedDict[object, _Ranking] = OrderedDict()
         self._remembering = threading.Lock()
-        self._turns = Turns(len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count() or 1)
+        self._turns = Turns(processors())
 
     def refresh(self) -> None:
         """Index what is new and what changed, and embed it; what was done before is kept.

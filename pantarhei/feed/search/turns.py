@@ -7,8 +7,15 @@ turn answer half as many again, and none waits much longer than another.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class Turns:
