@@ -352,7 +352,7 @@ def by_web(store: Store, asked: list[dict[str, str]], readers: int, workers: int
             time.sleep(0.5 if number > 5 else 0)
         print(f"server: answers after {server.started:.2f} s")
         half = len(paths) // 2  # what was asked once is remembered
-        ours = watched("search over HTTP", server, paths[20:half], readers)
+        ours = watched("search over HTTP", server, paths[:half], readers)
         jsons = [f"/api/v1{path}&limit=20" for path in paths[half:]]
         watched("search over HTTP, JSON", server, jsons, readers)
         watched("front page", server, ["/"] * len(paths), readers)
