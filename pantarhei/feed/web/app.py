@@ -20,7 +20,6 @@ from http import HTTPStatus
 from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any
 
-from anyio import CapacityLimiter
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.templating import Jinja2Templates
@@ -33,7 +32,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pantarhei.errors import RequestError
 from pantarhei.feed.search import Searcher
-from pantarhei.feed.search.turns import processors
 from pantarhei.feed.store import Store
 from pantarhei.feed.web import api, atom, exports, reading, taking_part
 from pantarhei.feed.web.pages import Pages, environment, is_known
@@ -101,7 +99,6 @@ def create_app(
     )
     app.state.store, app.state.site, app.state.searcher = store, site, searcher
     app.state.templates, app.state.pages = templates, pages
-    app.state.searching = CapacityLimiter(processors())
     app.state.letterhead, app.state.sender = letterhead, sender
     static = _Static.shipped()
     templates.env.globals |= {"static": static.address, "version": app.version}

@@ -8,7 +8,6 @@ from typing import Any, cast
 from urllib.parse import quote
 
 import sqlalchemy as sa
-from anyio import to_thread
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -117,14 +116,8 @@ def _listing(request: Request, asked: dict[str, str | None], path: str, section:
 
 
 @router.get("/search")
-async def search(request: Request) -> Response:
+def search(request: Request) -> Response:
     """Search by words and by meaning; without a query, offer to."""
-    # Searched and rendered in one go, by as many threads as there are processors: more would wait
-    # for the interpreter's lock most of the time, and each the longer.
-    return await to_thread.run_sync(_search, request, limiter=request.app.state.searching)
-
-
-def _search(request: Request) -> Response:
     asked = _query(request, "q", *_VIEWS, "page")
     query = " ".join((asked.pop("q") or "").split())
     if len(query) > _QUERY:
