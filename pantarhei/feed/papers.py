@@ -165,7 +165,7 @@ def day(
 
     A day without papers is empty and still has neighbours. An empty store's newest day is today.
     """
-    conditions = _conditions(wing=wing, status=status)
+    conditions = conditions_of(wing=wing, status=status)
     column = _papers.c.date
     if date is None:
         # tomorrow, seen from here, may be today where the paper appeared
@@ -208,7 +208,7 @@ def listing(
     if not 1 <= limit <= MOST:
         raise RequestError(f"{limit} papers cannot be listed at once: choose 1 to {MOST}.")
     column = _papers.c[order]
-    conditions = _conditions(wing=wing, status=status, tag=tag, since=since, until=until)
+    conditions = conditions_of(wing=wing, status=status, tag=tag, since=since, until=until)
     if after is not None:
         place = sa.tuple_(*map(sa.literal, unfold(order, after)))
         conditions.append(sa.tuple_(column, _papers.c.id) < place)
@@ -260,7 +260,7 @@ def _paper(row: Sequence[Any]) -> Paper:
     return paper
 
 
-def _conditions(
+def conditions_of(
     *,
     wing: str | None = None,
     status: str | None = None,
@@ -268,6 +268,7 @@ def _conditions(
     since: str | None = None,
     until: str | None = None,
 ) -> list[sa.ColumnElement[bool]]:
+    """Return what a paper's row must fulfil to pass; what is wrong raises RequestError."""
     conditions: list[sa.ColumnElement[bool]] = []
     for name, value, known in (("wing", wing, WINGS), ("status", status, STATUSES)):
         if value is None:

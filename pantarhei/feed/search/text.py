@@ -105,7 +105,7 @@ class Filter:
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         """Return the filter as SQL conditions; what is none raises RequestError."""
-        return store_papers._conditions(
+        return store_papers.conditions_of(
             wing=self.wing or None,
             status=self.status or None,
             since=self.since or None,
