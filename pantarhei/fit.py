@@ -34,6 +34,7 @@ from pantarhei._fit_loss import Loss as Loss
 from pantarhei._fit_loss import scalar
 from pantarhei._fit_random import mix, own_randomness, seed_all
 from pantarhei._fit_state import Ema, State, Store, plain_groups
+from pantarhei.devices import chosen_device
 from pantarhei.errors import RequestError, nearest
 from pantarhei.progress import progress
 
@@ -547,27 +548,6 @@ def _check_together(
         raise RequestError("validate_every, best and patience need validate=: give the function.")
     if patience and best is None:
         raise RequestError("patience needs best='max' or best='min': say what is better.")
-
-
-def chosen_device(device: str | torch.device) -> torch.device:
-    """Return the device meant: ``"auto"`` is CUDA where there is one.
-
-    Raises :class:`RequestError` for one that is unknown or not there.
-
-    >>> chosen_device("cpu")
-    device(type='cpu')
-    """
-    try:
-        where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        where = where if device == "auto" else torch.device(device)
-    except RuntimeError as error:
-        raise RequestError(f"device='{device}' is unknown: choose auto, cpu or cuda.") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(
-            f"device='{device}' but PyTorch sees no CUDA device: use device='cpu', or install a "
-            "CUDA build of PyTorch."
-        )
-    return where
 
 
 def _fabric(device: str | torch.device, precision: str, strategy: str | Strategy) -> Fabric:

@@ -43,6 +43,7 @@ from pantarhei.claims import (
     this_commit,
     this_machine,
 )
+from pantarhei.devices import chosen_device
 from pantarhei.errors import RequestError, nearest
 from pantarhei.files import atomic, read_json, write_csv, write_figure, write_json
 
@@ -469,24 +470,19 @@ def _rank() -> int:
 
 
 def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise RequestError(
-            f"Unknown device '{name}': choose auto, cpu or cuda."
-            f"{nearest(name, ('auto', 'cpu', 'cuda'))}"
-        )
+    """Return the device of this process, one of its own under torchrun."""
     import torch
 
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RequestError("Device 'cuda' is not available here: choose --device cpu or auto.")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    where = chosen_device(name)
+    if where.type == "cuda" and where.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return where
 
 
 def _device_name(device: torch.device) -> str:
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _now() -> str:

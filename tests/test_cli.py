@@ -146,7 +146,7 @@ def test_settings_reach_the_recipe_and_the_command(call):
         (["run", SLUG, "--seed", "x"], "--seed"),
         (["run", SLUG, "--seed", "-1"], "Seed -1 is out of range"),
         (["run", SLUG, "--seed", "9" * 40], "out of range"),
-        (["run", SLUG, "--device", "gpu"], "Unknown device 'gpu'"),
+        (["run", SLUG, "--device", "gpu"], "Device 'gpu' is unknown"),
         (["run", SLUG, "--set", "stepz=1"], "no setting 'stepz'.* Did you mean 'steps'?"),
         (["run", SLUG, "--set", "steps"], "--set takes KEY=VALUE, not 'steps'"),
         (["run", SLUG, "--set", "=1"], "--set takes KEY=VALUE"),

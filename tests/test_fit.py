@@ -715,7 +715,7 @@ def test_weights_broken_by_the_last_update_are_not_kept(tmp_path):
         ({"best": "max"}, "validate"),
         ({"validate_every": 3}, "validate"),
         ({"patience": 3, "validate": len}, "best"),
-        ({"device": "gpu7"}, "device='gpu7'"),
+        ({"device": "gpu7"}, "Device 'gpu7'"),
         ({"strategy": "fastest"}, "strategy='fastest'"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
         ({"optimizer": torch.optim.Rprop, "weight_decay": 0.1}, "Rprop has no weight_decay"),

@@ -178,9 +178,9 @@ def test_an_absurd_seed_is_refused_before_anything_is_written(recipe, tmp_path, 
 
 def test_a_device_that_is_not_there_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RequestError, match="'cuda' is not available"):
+    with pytest.raises(RequestError, match="Device 'cuda' is not there"):
         start(recipe, device="cuda", out=tmp_path / "r")
-    with pytest.raises(RequestError, match="Unknown device 'gpu'"):
+    with pytest.raises(RequestError, match="Device 'gpu' is unknown"):
         start(recipe, device="gpu", out=tmp_path / "r")
 
 

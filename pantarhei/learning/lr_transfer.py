@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from pantarhei._stacked import UNSTACKABLE
+from pantarhei.devices import chosen_device
 from pantarhei.errors import RequestError
 from pantarhei.files import read_json, write_json
 from pantarhei.fit import Loss
@@ -267,7 +268,7 @@ def lr_sweep(
     branches = tuple(branches or getattr(factory, "branches", ()))
     plan = Plan(
         batches, loss, steps, tuple(evaluate), limit, weight_decay, momentum, betas, precision,
-        torch.device(device), seed,
+        chosen_device(device), seed,
     )  # fmt: skip
     settings = {
         "steps": steps, "kind": kind, "optimizer": optimizer, "roles": dict(roles or {}) or None,

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.data.windows import Statistics, Windows
+from pantarhei.devices import chosen_device
 from pantarhei.errors import RequestError, nearest
-from pantarhei.fit import Fit, chosen_device, fit
+from pantarhei.fit import Fit, fit
 from pantarhei.rollout import Forecast, Metric, correlation, forecast_loss, relative_l2, rollout
 from pantarhei.systems import _saved
 

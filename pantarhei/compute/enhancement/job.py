@@ -27,6 +27,7 @@ from pantarhei.compute.enhancement.images import MAX_PIXELS, SUFFIXES, Format, P
 from pantarhei.compute.enhancement.nested_unet import NestedUNet
 from pantarhei.compute.enhancement.routing import Calibration
 from pantarhei.compute.enhancement.tiles import Enhanced, Enhancer, Samples
+from pantarhei.devices import chosen_device
 from pantarhei.errors import RequestError
 from pantarhei.files import atomic, write_csv, write_json
 from pantarhei.progress import progress
@@ -133,7 +134,7 @@ def prepare(
         if calibration is None:
             raise RequestError("this model has no calibration: give a threshold or an exit.")
         threshold = calibration.chosen if budget is None else within(calibration, budget)
-    return Enhancer(net, device=_device(device)), Route(threshold, exit)
+    return Enhancer(net, device=chosen_device(device)), Route(threshold, exit)
 
 
 def within(calibration: Calibration, budget: str | float) -> float:
@@ -199,14 +200,6 @@ def _grid(luma: Samples, enhancer: Enhancer) -> tuple[int, int]:
     scaled = torch.from_numpy(part.astype(np.float32)) / float(np.iinfo(luma.dtype).max)
     row, column = enhancer.quality.grid(scaled.to(enhancer.device))[0].tolist()
     return -row % n, -column % n
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise RequestError(f"device '{name}' is unknown: give auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RequestError("no CUDA device is available: use --device cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 # ---- which files, and where to ---------------------------------------------------------------

@@ -33,10 +33,9 @@ def simulate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Simulate flows, or runs of a combustor; called again, it goes on with what is missing."""
-    import torch
-
     from pantarhei import report
     from pantarhei.data.simulate.write import SIMULATORS, simulator, write
+    from pantarhei.devices import chosen_device
     from pantarhei.errors import RequestError
 
     if name is None:
@@ -49,15 +48,12 @@ def simulate(
     pairs = [text.partition("=") for text in set_ or ()]
     if any(not (key and equals) for key, equals, _ in pairs):
         raise RequestError("--set takes KEY=VALUE, for example --set size=128.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise RequestError(f"Device '{device}' is not available here: choose cpu or auto.")
+    where = str(chosen_device(device))
     simulation = simulator(name, {key: value for key, _, value in pairs})
     if out is None:
         raise RequestError("Name the folder to write to with --out.")
     files = write(
-        simulation, out, cases, shard=shard, seed=seed, device=device, suffix=f".{format.value}"
+        simulation, out, cases, shard=shard, seed=seed, device=where, suffix=f".{format.value}"
     )
     if json:
         report.emit_json({"simulator": name, "cases": cases, "files": [str(f) for f in files]})

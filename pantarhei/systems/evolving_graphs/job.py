@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pantarhei.data.events import Events, Snapshots, Split, snapshots
+from pantarhei.devices import chosen_device
 from pantarhei.errors import RequestError, nearest
-from pantarhei.fit import chosen_device
 from pantarhei.outcome import Outcome
 from pantarhei.systems import _saved
 from pantarhei.systems.evolving_graphs import (

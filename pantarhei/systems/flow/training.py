@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pantarhei.data.trajectories import Trajectories
 from pantarhei.data.windows import Windows
+from pantarhei.devices import chosen_device
 from pantarhei.errors import RequestError
-from pantarhei.fit import Batches, Fit, chosen_device, fit
+from pantarhei.fit import Batches, Fit, fit
 from pantarhei.rollout import forecast_loss
 from pantarhei.systems.flow.evaluation import mean, one_step
 from pantarhei.systems.flow.surrogate import Surrogate
