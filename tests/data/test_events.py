@@ -18,6 +18,7 @@ from pantarhei.data.events import (
     read_events,
     snapshots,
     split,
+    summed,
     with_features,
 )
 from pantarhei.errors import RequestError
@@ -126,6 +127,29 @@ def test_a_bin_holds_what_its_interval_says():
             snapshots(e, width, start=start)
     with pytest.raises(RequestError, match="no weights to sum"):
         snapshots(e, 1.0, weight="sum")
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 20, 99])
+@pytest.mark.parametrize("weight", ["count", "sum", "one"])
+def test_summed_adjacencies_are_those_of_the_slow_sum(window, weight):
+    rng = np.random.default_rng(window)
+    ends = rng.integers(0, 6, (2, 80))
+    time = np.sort(rng.choice([0, 1, 2, 3, 8, 9, 11, 19], 80))  # bins without an event too
+    events = Events.of(*ends, time, weight=rng.normal(size=80), label=rng.integers(0, 2, 80))
+    graph = snapshots(events, 1, weight=weight)
+    found = summed(graph, window)
+    assert len(found) == len(graph) == 20 and found.names is graph.names
+    dense = np.zeros((len(graph), graph.nodes, graph.nodes))
+    for t, edges in enumerate(graph.edges):
+        dense[t, edges.source, edges.target] = edges.weight
+    for t, edges in enumerate(found.edges):
+        seen = slice(max(0, t - window + 1), t + 1)
+        slow = np.zeros_like(dense[0])
+        slow[edges.source, edges.target] = edges.weight
+        np.testing.assert_allclose(slow, dense[seen].sum(0), atol=1e-12)
+        there = np.argwhere((dense[seen] != 0).any(0))
+        assert np.array_equal(there, np.stack([edges.source, edges.target], 1))
+        assert (edges.label is None) == (window > 1)
 
 
 def test_splits_are_in_order_of_time_and_those_of_the_paper():

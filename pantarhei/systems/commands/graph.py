@@ -79,6 +79,9 @@ def train(
         bool, typer.Option("--symmetric", help="Each event counts in both directions.")
     ] = False,
     window: Annotated[int, typer.Option(help="Snapshots seen before the last.")] = 5,
+    adjacency_window: Annotated[
+        int, typer.Option(help="Each graph seen is the sum of so many snapshots.")
+    ] = 1,
     policy: Annotated[
         PolicyName, typer.Option(help="carry: EvolveGCN's state runs on from the first snapshot.")
     ] = PolicyName.restart,
@@ -125,6 +128,7 @@ def train(
         bin=bin,
         symmetric=symmetric,
         window=window,
+        adjacency_window=adjacency_window,
         policy=policy.value,
         hidden=hidden,
         head_hidden=head_hidden,

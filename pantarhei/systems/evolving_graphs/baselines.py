@@ -79,7 +79,8 @@ class Roland(nn.Module):
     .. math:: S_t^{(l)} = \mathrm{GRU}(\sigma(\hat A_t S_t^{(l-1)} W^{(l)}),\ S_{t-1}^{(l)}),
               \qquad S_t^{(0)} = X_t
 
-    The model alone, trained like the others: not its live updates, nor its meta-learning.
+    The model alone, trained like the others; ``evaluate(..., live=)`` has its live updates (of any
+    model). Its meta-learning is not here.
     """
 
     def __init__(

@@ -52,6 +52,7 @@ class Settings:
     head_hidden: int
     classes: tuple[str, ...]
     policy: str
+    adjacency_window: int = 1
 
 
 def seconds(text: str) -> float:
@@ -88,6 +89,7 @@ def learn(
     bin: str | None = None,
     symmetric: bool = False,
     window: int = 5,
+    adjacency_window: int = 1,
     policy: str = "restart",
     hidden: int = 32,
     head_hidden: int = 64,
@@ -113,7 +115,14 @@ def learn(
     width = seconds(bin) if bin else (span / _BINS or 1.0)
     graph = snapshots(events, width, symmetric=symmetric)
     told: Any = task
-    problem = Problem.of(graph, told, window=window, degree_cap=degree_cap or None, device=where)
+    problem = Problem.of(
+        graph,
+        told,
+        window=window,
+        adjacency_window=adjacency_window,
+        degree_cap=degree_cap or None,
+        device=where,
+    )
     found: dict[str, Trained] = {}
     for name in dict.fromkeys((model, *against)):
         found[name] = train(
@@ -127,7 +136,7 @@ def learn(
         )
     settings = Settings(
         model, task, width, symmetric, window, problem.width, hidden, head_hidden,
-        graph.classes, policy,
+        graph.classes, policy, adjacency_window,
     )  # fmt: skip
     return Learned(_told(found, model, problem, top), found[model].forecaster, settings)
 
@@ -292,6 +301,7 @@ def _prepared(events: Events, settings: Settings, forecaster: Forecaster, device
         graph,
         settings.task,  # type: ignore[arg-type]
         window=settings.window,
+        adjacency_window=settings.adjacency_window,
         parts=Split(range(0), range(0), range(0)),
         width=settings.width,
         device=where,

@@ -11,8 +11,9 @@ t + 1; ``"edge"``, the labels of the edges of t (that an edge exists is seen, it
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pantarhei._fit_random import mix
-from pantarhei.data.events import Snapshots, Split, degree_width, split
+from pantarhei.data.events import Snapshots, Split, degree_width, split, summed
 from pantarhei.errors import RequestError, nearest
 from pantarhei.fit import Batches, Fit, fit
 from pantarhei.systems.evolving_graphs.baselines import GCN, GCNGRU, Roland, StaticMLP
@@ -69,6 +70,7 @@ class Problem:
         task: Task = "link",
         *,
         window: int = 10,
+        adjacency_window: int = 1,
         train: float = 0.7,
         validation: float = 0.1,
         parts: Split | None = None,
@@ -84,6 +86,9 @@ class Problem:
         gate of EvolveGCN costs the square of it. ``width`` gives it instead, to run a model that
         was trained elsewhere.
 
+        ``adjacency_window``: each graph that is seen is the sum of the last so many snapshots
+        (:func:`pantarhei.data.events.summed`); what is to be told stays that of one.
+
         Raises :class:`RequestError` for an unknown task, for labels that are not there, and where a
         part of the split has nothing to tell.
         """
@@ -96,15 +101,16 @@ class Problem:
         if window < 0:
             raise RequestError(f"window={window}: see 0 or more snapshots before the last.")
         parts = parts or split(len(snapshots), train, validation, first=window)
+        visible = summed(snapshots, adjacency_window)
         if snapshots.features is not None:
             width = snapshots.features[0].values.shape[1]
         elif width is None:
-            seen = degree_width(snapshots, range(parts.train.stop))
+            seen = degree_width(visible, range(parts.train.stop))
             width = max(2, seen if degree_cap is None else min(seen, degree_cap))
         problem = cls(
             task,
             snapshots,
-            graphs_of(snapshots, degree_width=width, weighted=weighted, device=device),
+            graphs_of(visible, degree_width=width, weighted=weighted, device=device),
             tuple(
                 torch.stack([torch.from_numpy(e.source), torch.from_numpy(e.target)]).to(device)
                 for e in snapshots.edges
@@ -335,7 +341,8 @@ def train(
         measure: What is validated; default ``map_as_coded`` for links, ``f1_class_0`` for edges,
             ``f1_class_1`` for nodes, as in the released code.
         keep: The weights of the epoch with the best ``measure``, or the last ones: better where the
-            validation part is not like the test, as within a cycle longer than it is.
+            validation part is not like the test, as within a cycle longer than it is. Without a
+            validation part the last.
         patience: Stop after so many epochs without a new best.
         schedule: Of the rate, as in :func:`pantarhei.fit.fit`.
         clip: Largest norm of the gradient.
@@ -372,6 +379,7 @@ def train(
     else:
         updates, batch, loss = _stretches(problem, draw, weights, truncation)
     held = problem.told(problem.split.validation)
+    best: Any = "max" if keep == "best" and held else None
 
     def validate(forecaster: Any) -> dict[str, float]:
         found = evaluate(forecaster, problem, held)
@@ -390,9 +398,9 @@ def train(
         optimizer=torch.optim.Adam,
         lr=lr,
         clip=clip,
-        validate=validate,
-        validate_every=updates,
-        best="max" if keep == "best" else None,
+        validate=validate if held else None,
+        validate_every=updates if held else None,
+        best=best,
         patience=patience,
         schedule=schedule,
         checkpoint=checkpoint,
@@ -458,15 +466,30 @@ def _stretches(problem: Problem, draw: _Draw, weights: Tensor, truncation: int) 
     return len(groups), batch, loss
 
 
-def evaluate(forecaster: Forecaster, problem: Problem, steps: Sequence[int]) -> dict[str, float]:
+def evaluate(
+    forecaster: Forecaster,
+    problem: Problem,
+    steps: Sequence[int],
+    live: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
     """Return the measures over some steps: of links all four of :func:`ranking`, else of classes.
 
     Links are ranked among all ordered pairs of nodes, and averaged over the steps (each has as many
     pairs). Classes are counted over all steps together.
+
+    ``live``: ROLAND's live updates. Once a step has been judged, what it had to tell is known, and
+    the forecaster, a copy of the one given, is trained on it before the next: ``live`` has the
+    arguments of :func:`train`, where an epoch is one update.
     """
     steps = problem.told(steps)
+    if live is not None:
+        forecaster = copy.deepcopy(forecaster)
     with torch.no_grad():
-        followed = forecaster.follow(problem, steps)
+        followed = (
+            forecaster.follow(problem, steps)
+            if live is None
+            else _updated(forecaster, problem, steps, live)
+        )
         if problem.task == "link":
             head: Any = forecaster.head
             return average(
@@ -482,6 +505,21 @@ def evaluate(forecaster: Forecaster, problem: Problem, steps: Sequence[int]) -> 
             labels.append(target.labels)
             predicted.append(forecaster.logits(embedded, target.of).argmax(-1))
     return classification(torch.cat(labels), torch.cat(predicted), problem.classes)
+
+
+def _updated(
+    forecaster: Forecaster, problem: Problem, steps: Sequence[int], live: Mapping[str, Any]
+) -> Iterator[tuple[int, Embedded]]:
+    """Yield the embeddings after each step, and train on the step before the next one."""
+    if forecaster.policy != "restart":
+        raise RequestError("Live updates begin every window anew: use policy='restart'.")
+    for step in steps:
+        yield from forecaster.follow(problem, [step])
+        if step == steps[-1] or live.get("epochs") == 0:
+            continue
+        own = replace(problem, split=Split(range(step, step + 1), range(0), range(0)))
+        with torch.enable_grad():
+            train(own, forecaster.model, head=forecaster.head, **{"quiet": True, **live})
 
 
 def evaluate_rule(

@@ -102,6 +102,17 @@ def test_a_saved_forecaster_is_judged_on_other_events(folder, calls, tmp_path):
         run("evaluate", folder, short, *COLUMNS)
 
 
+def test_the_window_of_summed_adjacencies_is_kept_with_the_forecaster(calls, tmp_path):
+    out, wide = tmp_path / "out", ("--adjacency-window", 4)
+    run("train", calls, *COLUMNS, "--bin", 1, *QUICK, *wide, "--out", out)
+    again = json.loads(run("predict", out, calls, *COLUMNS, "--top", 100, "--json"))["table"]
+    ahead = rows_of(out / "next.csv")
+    assert [(r["source"], r["target"]) for r in ahead] == [
+        (r["source"], r["target"]) for r in again
+    ]
+    assert len({name for row in ahead for name in (row["source"], row["target"])}) > 20
+
+
 def test_labels_of_edges(calls, tmp_path):
     out = tmp_path / "moods"
     run(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -193,6 +196,52 @@ def test_no_window_sees_the_snapshot_that_it_forecasts(events):
     assert max(problem.told(range(len(problem.graphs)))) == len(problem.graphs) - 2
 
 
+def test_what_is_seen_is_summed_and_what_is_told_is_not(events):
+    graph = snapshots(events, 86400)
+    plain, wide = (Problem.of(graph, "edge", window=2, adjacency_window=w) for w in (1, 4))
+    assert wide.width > plain.width  # degrees over four days
+    for t in (0, 2, 9):
+        own = np.zeros((graph.nodes, graph.nodes))
+        for edges in graph.edges[max(0, t - 3) : t + 1]:
+            own[edges.source, edges.target] += edges.weight
+        own += np.eye(len(own))
+        scale = own.sum(1) ** -0.5
+        expected = (scale[:, None] * own * scale)[
+            np.ix_(wide.graphs[t].nodes, wide.graphs[t].nodes)
+        ]
+        found = wide.graphs[t].adjacency.to_dense()[:-1, :-1]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert torch.equal(wide.target(t).of, plain.target(t).of)
+        assert torch.equal(wide.target(t).labels, plain.target(t).labels)
+
+
+@pytest.mark.parametrize("task", ["link", "edge"])
+def test_a_live_update_is_a_training_on_the_step_that_came(task, events):
+    problem = Problem.of(snapshots(events, 86400), task, window=2, degree_cap=8)
+    start = train(problem, build("roland", problem.width, 6), epochs=1, quiet=True, head_hidden=8)
+    test = problem.told(problem.split.test)[:3]
+    plain = evaluate(start.forecaster, problem, test)
+    before = {key: value.clone() for key, value in start.forecaster.state_dict().items()}
+    assert evaluate(start.forecaster, problem, test, live={"epochs": 0}) == plain
+    live = {"epochs": 3, "lr": 0.02, "seed": 4}
+    found = evaluate(start.forecaster, problem, test, live=live)
+    assert found != plain
+    for key, value in start.forecaster.state_dict().items():
+        assert torch.equal(value, before[key])
+
+    own, rows = copy.deepcopy(start.forecaster), []
+    for t in test:
+        rows.append(evaluate(own, problem, [t]))
+        only = replace(problem, split=Split(range(t, t + 1), range(0), range(0)))
+        own = train(only, own.model, head=own.head, quiet=True, **live).forecaster
+    if task == "link":
+        assert found["mrr_filtered"] == pytest.approx(np.mean([r["mrr_filtered"] for r in rows]))
+    else:
+        sizes = [len(problem.target(t).labels) for t in test]
+        share = np.average([row["micro_f1"] for row in rows], weights=sizes)
+        assert found["micro_f1"] == pytest.approx(share)
+
+
 def unlabelled():
     return snapshots(Events.of([0, 1] * 20, [1, 2] * 20, np.arange(40)), 2)
 
@@ -204,6 +253,7 @@ def unlabelled():
         (lambda: Problem.of(unlabelled(), "edge"), "have no labels"),
         (lambda: Problem.of(unlabelled(), "node"), "have no labels"),
         (lambda: Problem.of(unlabelled(), window=-1), "window=-1"),
+        (lambda: Problem.of(unlabelled(), window=2, adjacency_window=0), "adjacency_window=0"),
         (lambda: Problem.of(unlabelled(), window=18), "cannot be split"),
         (
             lambda: Problem.of(snapshots(Events.of([0, 1], [1, 2], [0, 30]), 1), window=2),
@@ -213,6 +263,7 @@ def unlabelled():
         (lambda: trained_with(policy="keep"), "not a state policy"),
         (lambda: trained_with("gcn", policy="carry"), "no state to carry"),
         (lambda: trained_with(policy="carry", truncation=0), "truncation=0"),
+        (lambda: live_with(policy="carry"), "Live updates begin every window anew"),
         (lambda: trained_with(class_weights=(1, 0)), "class_weights"),
         (lambda: trained_with(measure="f1"), "is not measured here"),
     ],
@@ -225,3 +276,9 @@ def test_what_cannot_be_done_is_one_sentence(change, sentence):
 def trained_with(name="evolvegcn-h", **options):
     problem = Problem.of(unlabelled(), window=2)
     return train(problem, build(name, problem.width, 3), epochs=1, quiet=True, **options)
+
+
+def live_with(**options):
+    problem = Problem.of(unlabelled(), window=2)
+    forecaster = trained_with(**options).forecaster
+    return evaluate(forecaster, problem, problem.split.test, live={"epochs": 1})
