@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,14 @@ from pantarhei.errors import RequestError
 
 Array = NDArray[np.uint8]
 
+MOST_AT_ONCE = 2**31  # bytes of what is unpacked, or read, at once
 _MOST_BYTES = 2**30  # of one file unpacked; the largest known set has 188 MB
+_MOST_CHUNKS = 2**20  # that are read at once
+_MOST_FRAMES = 2**27  # of a set, over all cases
 _MOST_MEMBERS = 20_000
 _MOST_PIXELS = 50_000_000
+_DEFLATE = 1032  # bytes that one byte can unpack to at most, so zlib's authors
+_CIFAR_RECORDS = 10_000 * 3073  # bytes of one of the six files
 
 
 DAMAGE: tuple[type[Exception], ...] = (
@@ -78,31 +83,101 @@ def npz(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, N
     """Read the arrays named in ``shapes`` from a ``.npz``; None stands for any length."""
     with guarded(path), zipfile.ZipFile(path) as archive:
         _check_members(archive)
-        arrays = {}
+        found = {}
         for name, shape in shapes.items():
-            with archive.open(f"{name}.npy") as member:
-                array = np.lib.format.read_array(member, allow_pickle=False)
+            array = member(archive, name)
             fits = array.ndim == len(shape) and all(
                 want in (None, have) for want, have in zip(shape, array.shape, strict=True)
             )
             if not fits or array.dtype.kind not in "ui":
                 raise ValueError(f"array '{name}' is {array.dtype}{array.shape}")
-            arrays[name] = array
-        return arrays
+            found[name] = array
+        return found
+
+
+def arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read arrays of numbers or texts, all or the ones named, from a ``.npz`` of a user's own."""
+    with guarded(path), zipfile.ZipFile(path) as archive:
+        inside = archive.infolist()
+        if sum(m.file_size for m in inside if m.compress_type) > MOST_AT_ONCE:
+            raise ValueError("compressed, and too large: save it uncompressed")
+        if sum(m.compress_size for m in inside) > path.stat().st_size:
+            raise ValueError("its members overlap")
+        held = [m.filename.removesuffix(".npy") for m in inside if m.filename.endswith(".npy")]
+        if names is not None and not set(names) <= set(held):
+            raise ValueError(f"it needs {' and '.join(names)}, and holds {held}")
+        return {name: member(archive, name) for name in (held if names is None else names)}
+
+
+def member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """Read an array of an ``.npz``, once header, directory and packed size agree on its size."""
+    about = archive.getinfo(f"{name}.npy")
+    reach = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _DEFLATE}.get(about.compress_type)
+    if reach is None:  # bz2 and LZMA are unpacked without a bound
+        raise ValueError(f"'{name}' is packed by method {about.compress_type}, which is not read")
+    with archive.open(about) as stream:
+        npy_header(stream, name, about.file_size)
+    if about.file_size > reach * (about.compress_size + 1):
+        raise ValueError(f"'{name}' is packed into fewer bytes than is possible")
+    with archive.open(about) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def npy_header(
+    stream: IO[bytes], name: str, size: int
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, Fortran order and type of an npy file that has ``size`` bytes in all."""
+    if np.lib.format.read_magic(stream) != (1, 0):  # whose header is 64 kB at most
+        raise ValueError(f"'{name}' has another version of the npy format than 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.kind not in "biufUS":
+        raise ValueError(f"'{name}' holds {str(dtype)[:40]}, not numbers")
+    wanted = stream.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or wanted != size:
+        raise ValueError(f"'{name}' says {dtype}{shape}, and has {size} bytes")
+    return shape, fortran, dtype
+
+
+def sized(array: Any, name: str, leading: int = 2) -> None:
+    """Refuse an array with frames that do not fit into memory, or with absurdly many.
+
+    A file may claim any shape; ``leading`` axes of it (case, time) stand before those of a frame.
+    """
+    frames, frame = math.prod(array.shape[:leading]), math.prod(array.shape[leading:])
+    if frames > _MOST_FRAMES or frame * array.dtype.itemsize > MOST_AT_ONCE:
+        raise ValueError(f"'{name}' of shape {array.shape} is larger than any set has")
+    _check_chunks(array, name, leading)
+
+
+def whole(array: Any, name: str) -> NDArray[Any]:
+    """Return all of an array that is read by slices; one of more than 2 GiB is refused."""
+    if math.prod(array.shape) * 8 > MOST_AT_ONCE:
+        raise ValueError(f"'{name}' of shape {array.shape} is larger than any set has")
+    _check_chunks(array, name, 0)
+    return np.asarray(array[...])
+
+
+def _check_chunks(array: Any, name: str, leading: int) -> None:
+    """Refuse what is cut so small that looking for its chunks, there or not, takes for ever."""
+    chunks = getattr(array, "chunks", None) or array.shape
+    sides = zip(array.shape[leading:], chunks[leading:], strict=True)
+    if math.prod(-(-n // max(c, 1)) for n, c in sides) > _MOST_CHUNKS:
+        raise ValueError(f"'{name}' is cut into more than {_MOST_CHUNKS} chunks")
 
 
 def idx(path: Path, shape: tuple[int | None, ...]) -> Array:
     """Read a gzipped IDX file of unsigned bytes: a magic number, the shape, the values."""
     with guarded(path), gzip.open(path) as stream:
-        content = stream.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES or content[:3] != b"\0\0\x08" or content[3] != len(shape):
+        start = stream.read(4 + 4 * len(shape))
+        if start[:3] != b"\0\0\x08" or start[3:4] != bytes([len(shape)]):
             raise ValueError("not an IDX file of bytes in that many dimensions")
-        start = 4 + 4 * len(shape)
-        found = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4"))
+        found = tuple(int(n) for n in np.frombuffer(start[4:], ">u4"))
         fits = all(want in (None, have) for want, have in zip(shape, found, strict=True))
-        if not fits or len(content) - start != math.prod(found):
+        size = math.prod(found)
+        content = stream.read(size + 1) if fits and size <= _MOST_BYTES else b""
+        if not fits or len(content) != size:
             raise ValueError(f"shape {found}")
-        return np.frombuffer(content, np.uint8, offset=start).reshape(found).copy()
+        return np.frombuffer(content, np.uint8).reshape(found).copy()
 
 
 def text(path: Path) -> str:
@@ -116,15 +191,18 @@ def text(path: Path) -> str:
 
 def cifar_binary(path: Path) -> dict[str, NDArray[np.generic]]:
     """Read CIFAR-10's binary archive: records of a label and three 32 x 32 colour planes."""
-    size = 10_000 * 3073
     wanted = [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"]
     batches: dict[str, Array] = {}
-    with guarded(path), tarfile.open(path, "r|gz") as archive:
-        for number, member in enumerate(archive):
-            if number > 50 or member.size > size:
+    with guarded(path), gzip.open(path) as packed:
+        content = packed.read(7 * _CIFAR_RECORDS + 1)  # six files, and what stands around them
+        if len(content) > 7 * _CIFAR_RECORDS:
+            raise ValueError("more inside than the archive has")
+    with guarded(path), tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        for number, part in enumerate(archive):
+            if number > 50 or part.size > _CIFAR_RECORDS:
                 raise ValueError("a member that the archive does not have")
-            name = member.name.rpartition("/")[2]
-            stream = archive.extractfile(member) if name in wanted and member.isreg() else None
+            name = part.name.rpartition("/")[2]
+            stream = archive.extractfile(part) if name in wanted and part.isreg() else None
             if stream is not None:
                 batches[name] = np.frombuffer(stream.read(), np.uint8).reshape(10_000, 3073)
         records = np.concatenate([batches[name] for name in wanted])
@@ -140,18 +218,18 @@ def cifar_binary(path: Path) -> dict[str, NDArray[np.generic]]:
 def cifar_jpeg(path: Path) -> dict[str, NDArray[np.generic]]:
     """Read the CIFAR-10 copy whose images are JPEG files laid end to end."""
     kinds = ("jpeg", "offsets", "labels")
-    arrays = npz(path, {f"{part}_{kind}": (None,) for part in ("train", "test") for kind in kinds})
+    found = npz(path, {f"{part}_{kind}": (None,) for part in ("train", "test") for kind in kinds})
     out: dict[str, NDArray[np.generic]] = {}
     with guarded(path):
         for part in ("train", "test"):
-            data, offsets = arrays[f"{part}_jpeg"].tobytes(), arrays[f"{part}_offsets"].astype(int)
+            data, offsets = found[f"{part}_jpeg"].tobytes(), found[f"{part}_offsets"].astype(int)
             if (np.diff(offsets) < 0).any() or offsets.min() < 0 or offsets.max() > len(data):
                 raise ValueError(f"{part}_offsets do not ascend within the file")
             images = np.empty((len(offsets) - 1, 32, 32, 3), np.uint8)
             for row, (begin, end) in enumerate(pairwise(offsets)):
                 images[row] = image(data[begin:end], "RGB")
             out[f"{part}_images"] = images
-            out[f"{part}_labels"] = arrays[f"{part}_labels"]
+            out[f"{part}_labels"] = found[f"{part}_labels"]
     return out
 
 

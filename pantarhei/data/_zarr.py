@@ -1,7 +1,8 @@
 """Zarr groups that nobody vouches for: what they say is read as JSON before Zarr opens anything.
 
 Codecs are those of numbers (a ``pickle`` filter runs whatever code it holds), the folder holds
-plain files alone (a link could point at any other), and a chunk fits into memory.
+plain files alone (a link could point at any other), a chunk or a frame fits into memory, and a
+chunk is unpacked to its own size and no further.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from pantarhei.data._read import needed
+from pantarhei.data._read import MOST_AT_ONCE, needed, sized
 
 _ABOUT = {3: "zarr.json", 2: ".zgroup"}
-_CODECS = {
-    "blosc", "bytes", "bz2", "crc32c", "gzip", "lz4", "lzma", "sharding_indexed", "transpose",
-    "zlib", "zstd",
-}  # fmt: skip
+PACKERS = {"blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd"}
+_CODECS = {"bytes", "crc32c", "sharding_indexed", "transpose"} | PACKERS
 _NUMBER = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|[<>|][biuf][1248]")
-_MOST_BYTES = 2**31  # of a chunk, which is unpacked at once
+_MOST_IN_SHARD = 2**22  # chunks, whose places are read at once
 _CHUNK = 2**19  # bytes that a chunk has at least, where a case has as many
 
 
@@ -61,23 +60,35 @@ class Group:
         found = self._zarr.open_array(
             self.place / name, mode="r", zarr_format=self._format, use_consolidated=False
         )
-        if math.prod(found.chunks) * found.dtype.itemsize > _MOST_BYTES:
-            raise ValueError(f"a chunk of '{name}' is larger than {_MOST_BYTES} bytes")
-        return found
+        sized(found, name)
+        if math.prod(found.chunks) * found.dtype.itemsize > MOST_AT_ONCE:
+            raise ValueError(f"a chunk of '{name}' is larger than {MOST_AT_ONCE} bytes")
+        if math.prod(found.shards or ()) > _MOST_IN_SHARD * math.prod(found.chunks):
+            raise ValueError(f"a shard of '{name}' has more than {_MOST_IN_SHARD} chunks")
+        from pantarhei.data._zarr_chunks import bounded
+
+        return bounded(found)
 
     def _check(self, name: str) -> None:
         if self._format == 3:
             about = _json(self.place / name / "zarr.json")
-            kind, codecs = about.get("data_type"), list(_names(about.get("codecs", [])))
+            kind, chains = about.get("data_type"), list(_chains(about.get("codecs", [])))
+            known = _CODECS
         else:
             about = _json(self.place / name / ".zarray")
             kind = about.get("dtype")
-            parts = [about.get("compressor"), *(about.get("filters") or [])]
-            codecs = [part.get("id") for part in parts if part is not None]
+            packer, filters = about.get("compressor"), about.get("filters") or []
+            chains = [[part.get("id") for part in (*filters, packer) if part is not None]]
+            known = PACKERS if not filters else set()
         if not (isinstance(kind, str) and _NUMBER.fullmatch(kind)):
             raise ValueError(f"'{name}' holds {str(kind)[:40]}, not numbers")
-        if unknown := [codec for codec in codecs if codec not in _CODECS]:
-            raise ValueError(f"'{name}' is packed by '{str(unknown[0])[:40]}', which is not read")
+        for chain in chains:
+            if unknown := [codec for codec in chain if codec not in known]:
+                which = str(unknown[0])[:40]
+                raise ValueError(f"'{name}' is packed by '{which}', which is not read")
+            sharded = "sharding_indexed" in chain and len(chain) > 1
+            if sharded or sum(codec in PACKERS for codec in chain) > 1:
+                raise ValueError(f"'{name}' is packed twice")
 
 
 def write(
@@ -120,14 +131,14 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _names(codecs: Any) -> Iterator[Any]:
-    """Yield the names of format 3's codecs, those inside of a shard too."""
-    for codec in codecs:
-        about: dict[str, Any] = {"name": codec} if isinstance(codec, str) else codec
-        yield about.get("name")
+def _chains(codecs: Any) -> Iterator[list[Any]]:
+    """Yield the names of format 3's codecs, and of those inside of a shard."""
+    chain: list[dict[str, Any]] = [{"name": c} if isinstance(c, str) else c for c in codecs]
+    yield [about.get("name") for about in chain]
+    for about in chain:
         inner = about.get("configuration") or {}
         for part in ("codecs", "index_codecs"):
-            yield from _names(inner.get(part, []))
+            yield from _chains(inner.get(part, []))
 
 
 def _check_plain(place: Path) -> None:

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from pantarhei.data import _zarr
-from pantarhei.data._read import guarded
+from pantarhei.data._hdf5 import dataset, holds, member, opened
+from pantarhei.data._read import guarded, whole
 from pantarhei.data.trajectories import (
     Array,
     Read,
     Trajectories,
     concatenate,
-    dataset,
-    hdf5,
     uniform,
 )
 from pantarhei.errors import RequestError
@@ -38,10 +37,7 @@ def pdearena(paths: Sequence[str | os.PathLike[str]], mode: str = "train") -> Tr
     sets = []
     for path in paths:
         with guarded(Path(path)):
-            file = hdf5().File(path, "r")
-            if mode not in file:
-                raise ValueError(f"no group '{mode}'")
-            sets.append(read_pdearena(Path(path), file[mode]))
+            sets.append(read_pdearena(Path(path), member(opened(Path(path)), mode)))
     return concatenate(sets)
 
 
@@ -65,7 +61,7 @@ def pdebench(path: str | os.PathLike[str]) -> Trajectories:
     coordinates.
     """
     with guarded(Path(path)):
-        return read_pdebench(Path(path), hdf5().File(path, "r"))
+        return read_pdebench(Path(path), opened(Path(path)))
 
 
 def cfdbench(folder: str | os.PathLike[str]) -> Trajectories:
@@ -81,6 +77,8 @@ def cfdbench(folder: str | os.PathLike[str]) -> Trajectories:
     facts: list[dict[str, float]] = []
     for place in places:
         with guarded(place):
+            if not all((place / name).is_file() for name in ("u.npy", "v.npy", "case.json")):
+                raise ValueError("u.npy, v.npy or case.json is missing, or not a file")
             u, v = (np.load(place / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in "uv")
             if u.shape != v.shape or u.ndim != 3 or u.dtype.kind != "f":
                 raise ValueError(f"u.npy is {u.dtype}{u.shape}, v.npy {v.dtype}{v.shape}")
@@ -104,19 +102,16 @@ def cfdbench(folder: str | os.PathLike[str]) -> Trajectories:
 
 def read_pdearena(path: Path, group: Any) -> Trajectories:
     """Read an open group ``train``, ``valid`` or ``test`` of PDEArena."""
-    names = [name for name in ("u", "vx", "vy") if name in group]
+    names = [name for name in ("u", "vx", "vy") if holds(group, name)]
     arrays = [dataset(group, name) for name in names]
     if not names or len({a.shape for a in arrays}) != 1 or arrays[0].ndim != 4:
         raise ValueError("no u, vx, vy of one shape (case, time, H, W)")
     cases, frames, *space = arrays[0].shape
-    buoyancy = np.asarray(dataset(group, "buo_y")).reshape(-1) if "buo_y" in group else None
-    dt = np.asarray(dataset(group, "dt")).reshape(-1) if "dt" in group else np.ones(1)
+    buoyancy = _numbers(group, "buo_y") if holds(group, "buo_y") else None
+    dt = _numbers(group, "dt") if holds(group, "dt") else np.ones(1)
     if not np.allclose(dt, dt[0], rtol=1e-3):
         raise ValueError("its cases differ in their time step")
-    spacing = [
-        float(np.asarray(dataset(group, name)).reshape(-1)[0])
-        for name in ("dx", "dy") if name in group
-    ]  # fmt: skip
+    spacing = [float(_numbers(group, name)[0]) for name in ("dx", "dy") if holds(group, name)]
     return Trajectories(
         (cases, frames, len(names), *space),
         _stacked(arrays),
@@ -146,7 +141,7 @@ def read_pdearena_zarr(
         raise RequestError(f"first={first}, every={every}: there are {frames} frames.")
     step, settings = 1.0, {}
     if "time" in group and (time := group["time"]).shape == (frames,):
-        step, settings = uniform(time[:]), {"time": str(time.attrs.get("units", ""))}
+        step, settings = uniform(whole(time, "time")), {"time": str(time.attrs.get("units", ""))}
 
     def read(case: int, start: int, stop: int) -> Array:
         seen = slice(first + start * every, first + (stop - 1) * every + 1, every)
@@ -167,8 +162,8 @@ def read_pdebench(path: Path, file: Any) -> Trajectories:
     """Read an open file in one of PDEBench's layouts."""
     numbered = sorted(key for key in file if key.isdecimal())
     if numbered:
-        first = file[numbered[0]]
-        datasets = [dataset(file[key], "data") for key in numbered]
+        first = member(file, numbered[0])
+        datasets = [dataset(member(file, key), "data", 1) for key in numbered]
         frames, *space, channels = datasets[0].shape
         if any(d.shape != datasets[0].shape for d in datasets):
             raise ValueError("its groups differ in shape")
@@ -179,11 +174,12 @@ def read_pdebench(path: Path, file: Any) -> Trajectories:
         read: Read = last_axis_first
         names = tuple(f"u{i}" for i in range(channels))
         shape = (len(numbered), frames, channels, *space)
-        axes, where = ("x", "y", "z")[: len(space)], first.get("grid", first)
-        coordinates = {axis: dataset(where, axis) for axis in ("t", *axes) if axis in where}
+        axes = ("x", "y", "z")[: len(space)]
+        where = member(first, "grid") if holds(first, "grid") else first
+        coordinates = {axis: _numbers(where, axis) for axis in ("t", *axes) if holds(where, axis)}
     else:
         known = ("density", "pressure", "Vx", "Vy", "Vz", "tensor")
-        names = tuple(name for name in known if name in file)
+        names = tuple(name for name in known if holds(file, name))
         arrays = [dataset(file, name) for name in names]
         if not names or len({a.shape for a in arrays}) != 1 or arrays[0].ndim < 3:
             raise ValueError("none of the layouts of PDEArena and PDEBench")
@@ -193,8 +189,10 @@ def read_pdebench(path: Path, file: Any) -> Trajectories:
         shape = (cases, frames, len(names), *space)
         axes = ("x", "y", "z")[: len(space)]
         stored = {axis: f"{axis}-coordinate" for axis in ("t", *axes)}
-        coordinates = {axis: dataset(file, name) for axis, name in stored.items() if name in file}
-    steps = {axis: uniform(np.asarray(values)) for axis, values in coordinates.items()}
+        coordinates = {
+            axis: _numbers(file, name) for axis, name in stored.items() if holds(file, name)
+        }
+    steps = {axis: uniform(values) for axis, values in coordinates.items()}
     return Trajectories(
         shape,
         read,
@@ -203,6 +201,11 @@ def read_pdebench(path: Path, file: Any) -> Trajectories:
         spacing=tuple(steps[a] for a in axes) if set(axes) <= set(steps) else (),
         name=path.name,
     )
+
+
+def _numbers(group: Any, name: str) -> Array:
+    """Return all of a small array of one axis, or a single number as one."""
+    return whole(dataset(group, name), name).reshape(-1)
 
 
 def _stacked(arrays: Sequence[Any]) -> Read:

@@ -12,19 +12,19 @@ import csv
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pantarhei.data._read import guarded, needed
+from pantarhei.data._read import arrays, guarded, needed
 from pantarhei.data.series import Array, Recording, Signal
 from pantarhei.errors import RequestError, nearest
 from pantarhei.files import atomic
 
 _PARQUET = (".parquet", ".pq")
 _READ = (".csv", ".npz", *_PARQUET)
-_MOST_CELLS = 2**30  # of a Parquet file, whose columns can be packed very small
+_MOST_CELLS = 2**28  # of a Parquet file, whose columns can be packed very small: 2 GiB of numbers
 Column = list[str] | NDArray[Any]
 """Cells as they are written, or what a typed file holds: numbers (NaN where null) or dates."""
 
@@ -73,8 +73,7 @@ def write_recording(recording: Recording, path: str | Path) -> None:
 
 
 def _read_npz(file: Path) -> Recording:
-    with guarded(file), np.load(file, allow_pickle=False) as archive:
-        held = {name: archive[name] for name in archive.files}
+    held = arrays(file)
     signals = {}
     for name, values in held.items():
         if name in ("time", "rate") or name.endswith((".time", ".rate")):
@@ -113,36 +112,53 @@ def _read_csv(file: Path) -> list[tuple[str, Column]]:
 def _read_parquet(file: Path) -> list[tuple[str, Column]]:
     parquet = needed("pyarrow.parquet", "Parquet", "series")
     with guarded(file), parquet.ParquetFile(file) as stored:
-        about = stored.metadata
+        about, schema = stored.metadata, stored.schema_arrow
         if about.num_rows * about.num_columns > _MOST_CELLS:
             raise ValueError(f"{about.num_rows} rows of {about.num_columns} columns")
+        texts = [field.name for field in schema if _is_read(field.type, field.name) == "text"]
+    # a text that a million rows point to is held once
+    with guarded(file), parquet.ParquetFile(file, read_dictionary=texts) as stored:
         table = stored.read()
         return [
-            (name, _column(part, name))
+            (name, _column(part))
             for name, part in zip(table.column_names, table.columns, strict=True)
         ]
 
 
-def _column(part: Any, name: str) -> Column:
+def _is_read(kind: Any, name: str) -> Literal["text", "number"]:
+    """Tell texts from what has one number in a row; a list's rows can hold any many."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "text"
+    if types.is_primitive(kind) or types.is_decimal(kind):
+        return "number"
+    raise ValueError(f"column '{name[:40]}' holds {str(kind)[:40]}")
+
+
+def _column(part: Any) -> Column:
     """Return numbers, dates or texts of an Arrow column."""
     import pyarrow as pa
 
     kind = part.type
+    if pa.types.is_dictionary(kind) and _is_read(kind, "") == "text":
+        cells: list[str] = []
+        for chunk in part.chunks:
+            words = [word or "" for word in chunk.dictionary.to_pylist()]
+            cells += ["" if i is None else words[i] for i in chunk.indices.to_pylist()]
+        return cells
     if pa.types.is_dictionary(kind):
         part = part.cast(kind.value_type)
         kind = part.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return [text or "" for text in part.to_pylist()]
     if pa.types.is_temporal(kind):
         dates: NDArray[Any] = part.to_numpy()
         return dates
     if pa.types.is_integer(kind) and not part.null_count:
         whole: NDArray[Any] = part.to_numpy()
         return whole
-    if pa.types.is_primitive(kind) or pa.types.is_decimal(kind):
-        numbers: NDArray[Any] = part.cast(pa.float64()).to_numpy()  # null is NaN
-        return numbers
-    raise ValueError(f"column '{name[:40]}' holds {str(kind)[:40]}")
+    numbers: NDArray[Any] = part.cast(pa.float64()).to_numpy()  # null is NaN
+    return numbers
 
 
 def _runs(
@@ -161,12 +177,14 @@ def _runs(
                 f"{nearest(wanted, header)}"
             )
     cells = dict(columns)
-    labels = np.asarray(cells.pop(run)).astype(str) if run else None
+    labels = _texts(cells.pop(run)) if run else None
     times = _times(cells.pop(time), time, file)
-    labels = np.full(len(times), file.stem) if labels is None else labels
+    labels = [file.stem] * len(times) if labels is None else labels
     numbers = {name: _numbers(values, name, file) for name, values in cells.items()}
-    for label in dict.fromkeys(labels.tolist()):
-        own = labels == label
+    places: dict[str, int] = {}
+    place = np.array([places.setdefault(label, len(places)) for label in labels])
+    for label, number in places.items():
+        own = place == number
         signals = {}
         for name, values in numbers.items():
             there = own & ~np.isnan(values)
@@ -176,6 +194,10 @@ def _runs(
         if not signals:
             raise RequestError(f"Run '{label}' of '{file}' has no sample.")
         yield Recording(label, signals)
+
+
+def _texts(cells: Column) -> list[str]:
+    return cells if isinstance(cells, list) else [str(cell) for cell in cells.astype(str)]
 
 
 def _times(cells: Column, name: str, file: Path) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pantarhei.data._read import guarded
+from pantarhei.data._read import arrays, guarded
 from pantarhei.errors import RequestError, nearest
 
 Array = NDArray[np.float64]
@@ -74,10 +74,8 @@ def read_arrays(path: str | Path) -> tuple[NDArray[Any], NDArray[Any]]:
     file = Path(path)
     if not file.is_file():
         raise RequestError(f"'{path}' is not a file: name a CSV table, or an .npz with X and y.")
-    with guarded(file), np.load(file, allow_pickle=False) as arrays:
-        if not {"X", "y"} <= set(arrays.files):
-            raise RequestError(f"'{file}' holds {sorted(arrays.files)}: it needs X and y.")
-        return arrays["X"], arrays["y"]
+    found = arrays(file, ("X", "y"))
+    return found["X"], found["y"]
 
 
 Columns = dict[str, "NDArray[Any] | list[str]"]

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pantarhei.data import _zarr
-from pantarhei.data._read import DAMAGE, guarded, needed
+from pantarhei.data import _hdf5, _zarr
+from pantarhei.data._read import DAMAGE, MOST_AT_ONCE, guarded, member, needed, npy_header, whole
 from pantarhei.errors import RequestError
 from pantarhei.files import atomic
 
@@ -50,7 +50,6 @@ Read = Callable[[int, int, int], Array]
 FORMAT, VERSION = "pantarhei-trajectories", 1
 _HDF5 = (".h5", ".hdf5", ".hdf")
 _WRITTEN = ".npz, .h5, .hdf5 or .zarr"
-_MOST_BYTES = 2**31  # of what is read at once: a compressed member, parameters, a mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +237,7 @@ class Trajectories:
             with atomic(target, folder=True) as temporary:
                 _zarr.write(temporary, self._meta(), arrays, self.shape, cases)
             return
-        h5py = hdf5() if target.suffix in _HDF5 else None
+        h5py = _hdf5.library() if target.suffix in _HDF5 else None
         with atomic(target) as temporary:
             if h5py is None:
                 self._write_npz(temporary, arrays)
@@ -332,9 +331,7 @@ def open_trajectories(path: str | os.PathLike[str]) -> Trajectories:
     from pantarhei.data import layouts
 
     place = Path(path)
-    if place.is_dir():
-        if _zarr.is_group(place):
-            return _open_zarr(place)
+    if place.is_dir() and not _zarr.is_group(place):
         kinds = (".npz", ".zarr", *_HDF5)
         inside = [p for p in place.iterdir() if p.suffix in kinds and not p.name.startswith(".")]
         if inside:
@@ -344,21 +341,32 @@ def open_trajectories(path: str | os.PathLike[str]) -> Trajectories:
         raise RequestError(f"'{path}' holds no {_WRITTEN}: name another folder.")
     if not place.exists():
         raise RequestError(f"'{path}' does not exist: check the path.")
-    if place.suffix == ".npz":
+    data = _open(place)
+
+    def read(case: int, start: int, stop: int) -> Array:
+        try:
+            return data.read(case, start, stop)
+        except DAMAGE as error:  # which file of a folder it was
+            raise ValueError(f"'{place}': {error}") from error
+
+    return replace(data, read=read)
+
+
+def _open(place: Path) -> Trajectories:
+    from pantarhei.data import layouts
+
+    if place.is_dir():
+        return _open_zarr(place)
+    if place.suffix == ".npz" and place.is_file():
         return _open_npz(place)
     with guarded(place):
-        file = hdf5().File(place, "r")
+        file = _hdf5.opened(place)
         if "meta" in file.attrs:
             return _open_hdf5(place, file)
-        groups = [mode for mode in ("train", "valid", "test") if mode in file]
+        groups = [mode for mode in ("train", "valid", "test") if _hdf5.holds(file, mode)]
         if groups:
-            return layouts.read_pdearena(place, file[groups[0]])
+            return layouts.read_pdearena(place, _hdf5.member(file, groups[0]))
         return layouts.read_pdebench(place, file)
-
-
-def hdf5() -> Any:
-    """Return h5py, or say what to install."""
-    return needed("h5py", "HDF5", "fields")
 
 
 def _channels(shape: tuple[int, ...]) -> int:
@@ -424,10 +432,8 @@ def _assembled(arrays: Mapping[str, Any], meta: dict[str, Any]) -> Trajectories:
     if states.dtype.kind != "f":
         raise ValueError(f"states are {states.dtype}")
     kinds = {"parameters": np.float64, "mask": np.bool_, "lengths": np.int64}
-    if any(math.prod(arrays[name].shape) > _MOST_BYTES // 8 for name in kinds if name in arrays):
-        raise ValueError("parameters, mask or lengths larger than any set has")
     parts: dict[str, Any] = {
-        name: np.asarray(arrays[name]).astype(kind)
+        name: whole(arrays[name], name).astype(kind)
         for name, kind in kinds.items()
         if name in arrays
     }
@@ -451,41 +457,33 @@ def _open_npz(path: Path) -> Trajectories:
             inside = [name for name in names if f"{name}.npy" in archive.namelist()]
         if not {"states", "meta"} <= set(inside):
             raise ValueError("no states and meta inside")
-        arrays = {name: _mapped(path, f"{name}.npy") for name in inside}
+        arrays = {name: _mapped(path, name) for name in inside}
         return _assembled(arrays, _described(arrays["meta"].astype(np.uint8).tobytes()))
 
 
-def _mapped(path: Path, member: str) -> NDArray[Any]:
+def _mapped(path: Path, name: str) -> NDArray[Any]:
     """Map an array of a ``.npz`` where it is stored as it is; unpack one that is compressed."""
     with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(member)
-        with archive.open(info) as stream:
-            if info.compress_type != zipfile.ZIP_STORED:
-                if info.file_size > _MOST_BYTES:
-                    raise ValueError(f"{member} is compressed and too large: save it uncompressed")
-                return np.lib.format.read_array(stream, allow_pickle=False)
-            version = np.lib.format.read_magic(stream)
-            header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }.get(version)
-            if header is None:
-                raise ValueError(f"{member} has version {version} of the npy format")
-            shape, fortran, dtype = header(stream)
+        about = archive.getinfo(f"{name}.npy")
+        if about.compress_type != zipfile.ZIP_STORED:
+            if about.file_size > MOST_AT_ONCE:
+                raise ValueError(f"'{name}' is compressed and too large: save it uncompressed")
+            return member(archive, name)
+        with archive.open(about) as stream:
+            shape, fortran, dtype = npy_header(stream, name, about.file_size)
             begin = stream.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{member} holds objects")
     with path.open("rb") as file:  # the local header's own lengths say where the member begins
-        file.seek(info.header_offset + 26)
-        name, extra = np.frombuffer(file.read(4), "<u2").tolist()
-    offset = info.header_offset + 30 + name + extra + begin
+        file.seek(about.header_offset + 26)
+        before, extra = np.frombuffer(file.read(4), "<u2").tolist()
+    offset = about.header_offset + 30 + before + extra + begin
     if math.prod(shape) == 0:
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
 def _open_hdf5(path: Path, file: Any) -> Trajectories:
-    arrays = {name: dataset(file, name) for name in _ARRAYS if name in file}
+    held = [name for name in _ARRAYS if _hdf5.holds(file, name)]
+    arrays = {name: _hdf5.dataset(file, name) for name in held}
     return _assembled(arrays, _described(file.attrs["meta"]))
 
 
@@ -498,16 +496,3 @@ def _open_zarr(path: Path) -> Trajectories:
             return layouts.read_pdearena_zarr(path, group)
         arrays = {name: group[name] for name in _ARRAYS if name in group}
         return _assembled(arrays, _described(group.attributes["meta"]))
-
-
-def dataset(group: Any, name: str) -> Any:
-    """Return a data set that lies in this very file: a foreign file may point at any other."""
-    h5py = hdf5()
-    if not isinstance(group, h5py.Group):
-        raise ValueError(f"no group that '{name}' could be in")
-    if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
-        raise ValueError(f"'{name}' is a link into another file")
-    found = group[name]
-    if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external:
-        raise ValueError(f"'{name}' is not an array of this file")
-    return found

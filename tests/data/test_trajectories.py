@@ -165,7 +165,7 @@ def test_pdearena(tmp_path):
     assert data.spacing == (0.25, 0.25)
     np.testing.assert_array_equal(data.frames(4, 1, 3)[:, 2], fields["vy"][1, 1:3] + 1)
     np.testing.assert_array_equal(open_trajectories(tmp_path).tensor(), data.tensor())
-    with pytest.raises(RequestError, match="no group 'test'"):
+    with pytest.raises(RequestError, match="no 'test' inside"):
         layouts.pdearena(sorted(tmp_path.glob("*.h5")), "test")
 
 
