@@ -1,13 +1,16 @@
 """The page with many papers: search, front page, ingest, memory; beside a scan of TF-IDF.
 
-    python benchmarks/feed.py [--papers 100000] [--readers 16] [--workers 1] [--store F] [--direct]
+    python benchmarks/feed.py [--papers 100000] [--readers 16] [--workers 1] [--mine] [--store F]
+        [--direct]
 
 Papers are synthetic: abstracts of 100 to 220 words, drawn by Zipf's law from a vocabulary of 70,000
 in which the field's own words are as frequent as on arXiv (three of four papers say "neural"), a
 third of them from one of 300 topics. Queries are distinct, so that no answer is remembered: topic
 words with and without common ones, common words alone, parts of titles, mistyped words, rare words,
 some with filters. Readers are a process of their own that asks over HTTP, each again as soon as it
-is answered, on the same cores as the server (``pantarhei serve``).
+is answered, on the same cores as the server (``pantarhei serve``: for reading, as many people do;
+``--mine`` shows one person's buttons on every paper). Each request comes from an address of its
+own, as a proxy tells it, so that the limit per address is not what is measured.
 
 The peer is what arXiv Sanity Lite does: a TF-IDF matrix (scikit-learn, 20,000 words) of which each
 row is multiplied by the query's and all are sorted: a function call, no HTTP, no papers read.
@@ -17,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -165,13 +170,16 @@ def over_http(port: int, paths: Sequence[str], readers: int) -> Times:
 def reading() -> None:
     """Be the readers: take port, paths and their number from stdin, print the times."""
     port, paths, readers = json.load(sys.stdin)
-    left, taken = iter(paths), []
+    left, taken, addresses = iter(paths), [], itertools.count(random.randrange(2**24))
 
     async def read() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for path in left:
             began = time.perf_counter()
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+            number = next(addresses)
+            address = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+            lines = f"Host: 127.0.0.1:{port}\r\nX-Forwarded-For: {address}\r\n\r\n"
+            writer.write(f"GET {path} HTTP/1.1\r\n{lines}".encode())
             head = await reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 200"):
                 raise SystemExit(f"{path}: {head[:200]!r}")
@@ -237,12 +245,13 @@ def family(process: int) -> list[int]:
 class Server:
     """``pantarhei serve``, in processes of its own."""
 
-    def __init__(self, store: Store, workers: int) -> None:
+    def __init__(self, store: Store, workers: int, mine: bool) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "pantarhei", "serve", "--mine", "--store", str(store.path)]
+        command = [sys.executable, "-m", "pantarhei", "serve", "--store", str(store.path)]
         command += ["--port", str(self.port), "--workers", str(workers)]
+        command += ["--mine"] if mine else ["--proxy", "127.0.0.1"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         began = time.perf_counter()
         while time.perf_counter() - began < 120 and self.process.poll() is None:
@@ -266,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, default=3000)
     parser.add_argument("--scans", type=int, default=300, help="of the queries, by the peer")
     parser.add_argument("--workers", type=int, default=1, help="processes of the server")
+    parser.add_argument("--mine", action="store_true", help="serve one person, with buttons")
     parser.add_argument("--store", type=Path, help="made where it does not exist, and kept")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--http", dest="direct", action="store_false", help="the page (the default)")
@@ -304,7 +314,7 @@ def grow(store: Store, corpus: Corpus) -> None:
 
 def compare(store: Store, asked: list[dict[str, str]], given: argparse.Namespace) -> None:
     if not given.direct:
-        ours = by_web(store, asked, given.readers, given.workers)
+        ours = by_web(store, asked, given)
     else:
         before = memory()
         searcher = Searcher(store)
@@ -339,8 +349,9 @@ def watched(what: str, server: Server, paths: Sequence[str], readers: int) -> Ti
     return found
 
 
-def by_web(store: Store, asked: list[dict[str, str]], readers: int, workers: int) -> Times:
-    server = Server(store, workers)
+def by_web(store: Store, asked: list[dict[str, str]], given: argparse.Namespace) -> Times:
+    readers, workers = given.readers, given.workers
+    server = Server(store, workers, given.mine)
     try:
         paths = [f"/search?{urlencode(one)}" for one in asked]
         quick = 0

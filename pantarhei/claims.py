@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from pantarhei.devices import processors
 from pantarhei.errors import RequestError
 
 Scale = Literal["quick", "cpu", "gpu"]
@@ -132,9 +133,7 @@ def this_machine(device: str = "cpu") -> dict[str, Any]:
     except OSError:
         models = []
     processor = models[0] if models else platform.processor() or platform.machine()
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return {"cpu": processor, "cores": cores, "device": device}
+    return {"cpu": processor, "cores": processors(), "device": device}
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""The device that a user means."""
+"""The device that a user means, and the processors of this machine."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from pantarhei.errors import RequestError
@@ -31,3 +32,9 @@ def chosen_device(device: str | torch.device) -> torch.device:
             "a CUDA build of PyTorch."
         )
     return where
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

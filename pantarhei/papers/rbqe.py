@@ -236,7 +236,9 @@ def recipe(run: Run) -> Iterator[Claim]:
 
     if run.settings.baselines:
         outcomes |= _baselines(run, training, test)
-        ahead = dynamic.gain.mean() - outcomes["DnCNN"].gain.mean()
+        theirs = outcomes["DnCNN"].gain.mean()
+        # one that is no better than its input has not trained, and to be ahead of it says nothing
+        ahead = dynamic.gain.mean() - theirs if theirs > 0 else float("nan")
         ratio = _macs(outcomes["DnCNN"]) / _macs(dynamic)
         yield run.claim("against-dncnn", ahead, evidence="methods.csv")
         yield run.claim("fewer-macs-than-dncnn", ratio, evidence="methods.csv")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -18,7 +17,6 @@ import sqlalchemy as sa
 from pantarhei.errors import RequestError
 from pantarhei.feed import papers, schema
 from pantarhei.feed.search import Searcher, index, meaning, text, upkeep
-from pantarhei.feed.search.turns import Turns
 from pantarhei.feed.store import Store
 from pantarhei.papers import catalogue
 
@@ -458,33 +456,15 @@ def test_threads_search_while_papers_come_and_go(store):
     searcher.close()
 
 
-@pytest.mark.parametrize("places", [1, 2])
-def test_turns_are_taken_in_order_and_never_lost(places):
-    turns, order, inside, most = Turns(places), [], [], []
-    gate = threading.Event()
-
-    def work(number: int) -> None:
-        with contextlib.suppress(ZeroDivisionError), turns:
-            inside.append(number)
-            most.append(len(inside))
-            order.append(number)
-            gate.wait()
-            inside.remove(number)
-            if number == 5:
-                raise ZeroDivisionError
-
-    threads = []
-    for number in range(8):
-        threads.append(threading.Thread(target=work, args=[number]))
-        threads[-1].start()
-        while len(order) + len(turns._waiting) <= number:  # until it works or waits
-            pass
-    gate.set()
-    for thread in threads:
-        thread.join()
-    assert sorted(order) == list(range(8)) and max(most) == places == turns._free
-    if places == 1:
-        assert order == list(range(8))
+def test_a_search_is_prompt_where_all_that_it_needs_is_in_memory(reading_list, searcher):
+    on_file = reading_list.path is not None
+    assert searcher.prompt("early exit") is on_file
+    assert not searcher.prompt('"early exit"')
+    assert not Searcher(reading_list).prompt("early exit")
+    add(reading_list, row("new", "Zephyrs"))
+    assert not searcher.prompt("early exit")
+    assert keys(searcher.search("zephyr"))[:1] == ["new"]
+    assert searcher.prompt("early exit") is on_file
 
 
 def test_a_store_without_papers(store):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +69,23 @@ def test_stems_are_sqlites_and_snippets_follow_them():
     assert stems(["networks", "policies", "running", "2006"]) == [
         "network", "polici", "run", "2006"
     ]  # fmt: skip
-    found = snippets.cut("A policy runs. Netherlands.", snippets.pattern(["policies", "net"]))
+    found = snippets.cut("A policy runs. Netherlands.", snippets.roots(["policies", "net"]))
     assert [part for part, marked in found if marked] == ["policy"]
+
+
+@given(st.text("ab_ é.", max_size=60), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+def test_words_are_marked_where_a_pattern_of_all_finds_them(body, words):
+    pattern = re.compile(rf"\b(?:{'|'.join(words)})\w{{0,5}}\b") if words else None
+    expected = [one.span() for one in pattern.finditer(body)] if pattern else []
+    found = snippets.cut(body, tuple(dict.fromkeys(words)))
+    assert found.text == body
+    assert list(found.marks) == expected[:16]
 
 
 def test_a_snippet_is_the_text_around_the_words():
     filler = "Nothing of note stands here. " * 30
     whole = filler + "Then networks stop early, as <b>networks</b> do. " + filler
-    found = snippets.cut(whole, snippets.pattern(["network", "early"]))
+    found = snippets.cut(whole, snippets.roots(["network", "early"]))
     assert len(str(found)) < 305
     assert "Then networks stop early" in str(found)
     assert "".join(part for part, _ in found) == str(found)
@@ -87,7 +97,7 @@ def test_a_snippet_is_the_text_around_the_words():
 
 @given(st.text(max_size=600), st.lists(st.text("abİß é'\"<&", min_size=1, max_size=4), max_size=3))
 def test_snippets_of_anything_are_whole(body, words):
-    found = snippets.cut(body, snippets.pattern([w for word in words for w in split(word)]))
+    found = snippets.cut(body, snippets.roots([w for word in words for w in split(word)]))
     assert "".join(part for part, _ in found) == found.text
     assert found.text.removeprefix("… ").removesuffix(" …") in body
     html = found.__html__().replace("<mark>", "").replace("</mark>", "")

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from pantarhei.feed.papers import Paper
 from pantarhei.feed.search import index, snippets, text, upkeep
 from pantarhei.feed.search.snippets import Snippet
 from pantarhei.feed.search.text import Filter, Found, Groups, Query
-from pantarhei.feed.search.turns import Turns, processors
 from pantarhei.feed.store import Store
 
 __all__ = ["Hit", "Results", "Searcher", "Snippet"]
@@ -103,7 +103,6 @@ class Searcher:
         self._starting = threading.Lock()
         self._rankings: OrderedDict[object, _Ranking] = OrderedDict()
         self._remembering = threading.Lock()
-        self._turns = Turns(processors())
 
     def refresh(self) -> None:
         """Index what is new and what changed, and embed it; what was done before is kept.
@@ -129,12 +128,14 @@ class Searcher:
         until: str | None = None,
         limit: int = 20,
         offset: int = 0,
+        within: sa.Connection | None = None,
     ) -> Results:
         """Find papers, best first.
 
         Papers with all words of the query come before those with some of them where there are few
         of the former; ``"words in quotes"`` have to stand side by side. A word that no paper holds
-        is taken for the likeliest one that is. Papers are also found by what they are about. No
+        is taken for the likeliest one that is. Papers are also found by what they are about.
+        ``within`` is the transaction that papers are read in, one of its own unless given. No
         query is an error; a wing, a status or a date that is none raises
         :class:`~pantarhei.errors.RequestError`.
         """
@@ -142,19 +143,29 @@ class Searcher:
         allowed = Filter(wing, status, since, until)
         allowed.conditions()  # says what is wrong with it
         limit, offset = max(1, min(limit, _MOST)), max(0, min(offset, _FARTHEST))
-        with self._turns:
-            with self._store.read() as c:
-                ranking = self._ranked(c, query, allowed, offset + limit)
-                chosen = slice(offset, offset + limit)
-                ids = ranking.ids[chosen].tolist()
-                scores = dict(zip(ids, ranking.scores[chosen].tolist(), strict=True))
-                found = papers.by_id(c, ids)
-            said = ranking.query
-            words = snippets.pattern((*said.words, *" ".join(said.phrases).split()))
-            hits = tuple(
-                Hit(paper, scores[paper.id], snippets.cut(paper.summary, words)) for paper in found
-            )
+        with nullcontext(within) if within is not None else self._store.read() as c:
+            ranking = self._ranked(c, query, allowed, offset + limit)
+            chosen = slice(offset, offset + limit)
+            ids = ranking.ids[chosen].tolist()
+            scores = dict(zip(ids, ranking.scores[chosen].tolist(), strict=True))
+            found = papers.by_id(c, ids)
+        said = ranking.query
+        words = snippets.roots((*said.words, *" ".join(said.phrases).split()))
+        hits = tuple(
+            Hit(paper, scores[paper.id], snippets.cut(paper.summary, words)) for paper in found
+        )
         return Results(hits, ranking.total, ranking.corrected, time.perf_counter() - began)
+
+    def prompt(self, query: str) -> bool:
+        """Whether this search needs a few milliseconds: for an event loop, where others wait.
+
+        It does where the indices are in memory and up to date, the papers in a file on this
+        machine, and the order of words is not asked for, which is known to the database alone.
+        """
+        if self._store.path is None or text.parse(query).phrases:
+            return False
+        with self._store.read() as c:
+            return not self._upkeep.behind(c)
 
     def suggest(self, query: str, limit: int = 8) -> tuple[Paper, ...]:
         """Return papers for a query that is still being typed: its last word may be unfinished."""

@@ -6,12 +6,13 @@ import html
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from pantarhei.feed.search.words import fold, stem
 
 _LENGTH = 240  # characters
 _PLACES = 16  # of words that are looked at
+_SPECIAL = re.compile("[&<>\"']")  # characters that HTML has to be told
+_INFLECTION = re.compile(r"\w{0,5}(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,17 @@ class Snippet:
 
     def __html__(self) -> str:
         """Return it as HTML, the words in ``<mark>``: what a template that escapes may show."""
-        return "".join(
-            f"<mark>{html.escape(part)}</mark>" if marked else html.escape(part)
-            for part, marked in self
-        )
+        escaped = html.escape if _SPECIAL.search(self.text) else str
+        parts, end = [], 0
+        for start, stop in self.marks:
+            parts += [
+                escaped(self.text[end:start]),
+                "<mark>",
+                escaped(self.text[start:stop]),
+                "</mark>",
+            ]
+            end = stop
+        return "".join([*parts, escaped(self.text[end:])])
 
     def __iter__(self) -> Iterator[tuple[str, bool]]:
         end = 0
@@ -48,36 +56,32 @@ class Snippet:
             yield self.text[end:], False
 
 
-def pattern(words: Iterable[str]) -> re.Pattern[str] | None:
-    """Return what finds these words in a folded text, in any inflection.
+def roots(words: Iterable[str]) -> tuple[str, ...]:
+    """Return what the inflections of each of these folded words begin with.
 
-    >>> pattern(["networks", "policies"]).findall("a policy network of the netherlands")
-    ['policy', 'network']
+    >>> roots(["networks", "policies"])
+    ('network', 'polic')
     """
-    roots: dict[str, None] = {}
+    found: dict[str, None] = {}
     for word in words:
         root = stem(word)
         same = next((i for i, (a, b) in enumerate(zip(word, root)) if a != b), len(root))  # noqa: B905
         # Porter writes a final y as i
         same -= same > 3 and root[:same].endswith("i")
-        roots[word[:same] or word] = None
-    if not roots:
-        return None
-    # a short stem inside a long word is another word: "net" is none of "netherlands"
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, roots))})\w{{0,5}}\b")
+        found[word[:same] or word] = None
+    return tuple(found)
 
 
-def cut(text: str, words: re.Pattern[str] | None) -> Snippet:
-    """Return about 240 characters of ``text`` that hold most of the words.
+def cut(text: str, words: Sequence[str]) -> Snippet:
+    """Return about 240 characters of ``text`` that hold most of the words that begin so.
 
-    >>> str(cut("First. " * 60 + "The networks learn.", pattern(["network"])))[-19:]
+    >>> str(cut("First. " * 60 + "The networks learn.", roots(["network"])))[-19:]
     'The networks learn.'
     """
     folded = fold(text)
     if len(folded) != len(text):  # an accent was a character of its own: positions would shift
         folded = text
-    found = words.finditer(folded) if words is not None else ()
-    places = [one.span() for one in islice(found, _PLACES)]
+    places = _places(folded, words)
     start = _window(places, folded)
     # not in the middle of a word, and better from the beginning of a sentence nearby
     if start:
@@ -93,21 +97,51 @@ def cut(text: str, words: re.Pattern[str] | None) -> Snippet:
     return Snippet(before + text[start:end] + after, marks)
 
 
+def _places(folded: str, words: Sequence[str]) -> list[tuple[int, int]]:
+    """Return where the first inflections of the words stand.
+
+    A short stem inside a long word is another word: "net" is none of "netherlands". Looking for
+    each in turn is several times as fast as a pattern of all, which is made anew for every query.
+    """
+    found: set[tuple[int, int]] = set()
+    for word in words:
+        length, left = len(word), _PLACES
+        start = folded.find(word)
+        while start >= 0 and left:
+            end = start + length
+            if not start or not _in_word(folded[start - 1]):
+                if end < len(folded) and _in_word(folded[end]):
+                    rest = _INFLECTION.match(folded, end)
+                    end = rest.end() if rest else -1
+                if end > 0:
+                    found.add((start, end))
+                    left -= 1
+            start = folded.find(word, start + length)
+    return sorted(found)[:_PLACES]
+
+
+def _in_word(char: str) -> bool:
+    return char.isalnum() or char == "_"
+
+
 def _window(places: Sequence[tuple[int, int]], folded: str) -> int:
     """Return where a window with the most different words begins, the first of equals."""
-    best, start = 0, 0
     names = [folded[a : a + 4] for a, _ in places]
-    most = len(set(names))
-    for index, (first, _) in enumerate(places):
-        inside = {
-            name
-            for name, (_, b) in zip(names[index:], places[index:], strict=True)
-            if b <= first + _LENGTH - 40
-        }
+    most, best, start, last = len(set(names)), 0, 0, 0
+    inside: dict[str, int] = {}
+    for index, (name, (first, _)) in enumerate(zip(names, places, strict=True)):
+        reach = first + _LENGTH - 40
+        while last < len(places) and (last == index or places[last][1] <= reach):
+            inside[names[last]] = inside.get(names[last], 0) + 1
+            last += 1
         if len(inside) > best:
             best, start = len(inside), first
-        if best == most:
-            break
+            if best == most:
+                break
+        if inside[name] == 1:
+            del inside[name]
+        else:
+            inside[name] -= 1
     if start <= _LENGTH // 3 or len(folded) <= _LENGTH:
         return 0
     return max(0, min(start - 40, len(folded) - _LENGTH))

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from pantarhei.feed import papers
 from pantarhei.feed.store import Store
 from pantarhei.feed.web import wording
+from pantarhei.feed.web.pages import searched
 from pantarhei.feed.web.security import Site
 
 Wing = Literal["compute", "systems", "learning"]
@@ -152,21 +153,18 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/api/v1", responses=PROBLEMS)
 
 
-class Filters:
-    """The filters that listings, searches and exports share."""
-
-    def __init__(
-        self,
-        wing: Wing | None = None,
-        status: Status | None = None,
-        since: Day | None = None,
-        until: Day | None = None,
-    ) -> None:
-        given = {"wing": wing, "status": status, "since": since, "until": until}
-        self.given: dict[str, Any] = {n: v for n, v in given.items() if v is not None}
+async def _filters(  # which a thread would take longer to begin with than to do
+    wing: Wing | None = None,
+    status: Status | None = None,
+    since: Day | None = None,
+    until: Day | None = None,
+) -> dict[str, Any]:
+    given = {"wing": wing, "status": status, "since": since, "until": until}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-Filtered = Annotated[Filters, Depends()]
+# The filters that listings, searches and exports share; those that were given.
+Filtered = Annotated[dict[str, Any], Depends(_filters)]
 
 
 @router.get("/papers")
@@ -180,7 +178,7 @@ def list_papers(
 ) -> PaperList:
     """List papers, newest (`date`) or hottest (`heat`) first."""
     with _store(request).read() as c:
-        page = papers.listing(c, order, **filters.given, tag=tag, after=after, limit=limit)
+        page = papers.listing(c, order, **filters, tag=tag, after=after, limit=limit)
     return PaperList(papers=_papers(request, page.papers), next=page.next)
 
 
@@ -212,7 +210,7 @@ def get_related(
 
 
 @router.get("/search")
-def search_papers(
+async def search_papers(
     request: Request,
     q: Text,
     filters: Filtered,
@@ -220,7 +218,10 @@ def search_papers(
     offset: Annotated[int, Query(ge=0, le=10_000)] = 0,
 ) -> Found:
     """Search titles and summaries by words and by meaning, best first; slips are forgiven."""
-    found = request.app.state.searcher.search(q, **filters.given, limit=limit, offset=offset)
+    searcher = request.app.state.searcher
+    found = await searched(
+        request, q, lambda: searcher.search(q, **filters, limit=limit, offset=offset)
+    )
     hits = [HitOut(paper=_paper(request, hit.paper), score=float(hit.score)) for hit in found.hits]
     return Found(query=q, corrected=found.corrected, total=found.total, hits=hits)
 

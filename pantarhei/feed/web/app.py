@@ -1,10 +1,10 @@
 """The page as an application: :func:`create_app` puts its parts together.
 
 ``app.state`` holds what the parts share: ``store``, ``site`` (how this installation is run),
-``templates``, ``pages`` (see :mod:`.pages`), ``searcher`` and, where mail is sent, ``letterhead``
-and ``sender``. From outside in, a request passes :class:`.security.Guard`, then :class:`Economy`,
-then the routes of :mod:`.reading`, :mod:`.taking_part`, :mod:`.atom`, :mod:`.exports` and
-:mod:`.api`.
+``templates``, ``pages`` (see :mod:`.pages`), ``searcher``, ``searching`` (the turns of searches
+that take long) and, where mail is sent, ``letterhead`` and ``sender``. From outside in, a request
+passes :class:`.security.Guard`, then :class:`Economy`, then the routes of :mod:`.reading`,
+:mod:`.taking_part`, :mod:`.atom`, :mod:`.exports` and :mod:`.api`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from http import HTTPStatus
 from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any
 
+from anyio import CapacityLimiter
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.templating import Jinja2Templates
@@ -30,6 +31,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pantarhei.devices import processors
 from pantarhei.errors import RequestError
 from pantarhei.feed.search import Searcher
 from pantarhei.feed.store import Store
@@ -99,6 +101,7 @@ def create_app(
     )
     app.state.store, app.state.site, app.state.searcher = store, site, searcher
     app.state.templates, app.state.pages = templates, pages
+    app.state.searching = CapacityLimiter(processors())
     app.state.letterhead, app.state.sender = letterhead, sender
     static = _Static.shipped()
     templates.env.globals |= {"static": static.address, "version": app.version}

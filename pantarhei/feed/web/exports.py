@@ -31,9 +31,9 @@ def taken(
 ) -> Iterable[papers.Paper]:
     """Return the papers of a list or a search, chosen as its page chooses them."""
     if query := " ".join((q or "").split()):
-        return _found(request.app.state.searcher, query, filters.given)
+        return _found(request.app.state.searcher, query, filters)
     with cast(Store, request.app.state.store).read() as c:
-        return papers.listing(c, order, **filters.given, tag=tag, limit=_MOST).papers
+        return papers.listing(c, order, **filters, tag=tag, limit=_MOST).papers
 
 
 def _found(searcher: Searcher, query: str, filters: dict[str, Any]) -> Iterator[papers.Paper]:

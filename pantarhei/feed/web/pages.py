@@ -17,10 +17,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import sqlalchemy as sa
+from anyio import to_thread
 from fastapi.templating import Jinja2Templates
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,6 +30,7 @@ from pantarhei.feed.store import Store
 from pantarhei.feed.web import taking_part, wording
 from pantarhei.feed.web.security import web_address
 
+T = TypeVar("T")
 # Nobody can write it into a comment: it is another one in every process.
 _MARK = secrets.token_hex(32)
 _KEPT_BYTES = 16 * 2**20
@@ -182,6 +184,18 @@ class _State:
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
+
+
+async def searched(request: Request, query: str, answer: Callable[[], T]) -> T:
+    """Return what ``answer`` makes of a search.
+
+    One that takes milliseconds is made right here, in the event loop. Handed to a thread, it would
+    wait for the interpreter's lock again and again, and so would the loop: a fifth fewer a second,
+    and the last of them a half later. Others take turns, as many at once as there are processors.
+    """
+    if request.app.state.searcher.prompt(query):
+        return answer()
+    return await to_thread.run_sync(answer, limiter=request.app.state.searching)
 
 
 def is_known(request: Request, digest: str) -> bool:

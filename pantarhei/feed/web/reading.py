@@ -16,7 +16,7 @@ from starlette.responses import RedirectResponse, Response
 from pantarhei.errors import RequestError
 from pantarhei.feed import papers, people, schema, trends
 from pantarhei.feed.web import pictures, taking_part, wording
-from pantarhei.feed.web.pages import Pages, conditional
+from pantarhei.feed.web.pages import Pages, conditional, searched
 from pantarhei.papers import WINGS, card
 
 router = APIRouter(include_in_schema=False)
@@ -116,24 +116,28 @@ def _listing(request: Request, asked: dict[str, str | None], path: str, section:
 
 
 @router.get("/search")
-def search(request: Request) -> Response:
+async def search(request: Request) -> Response:
     """Search by words and by meaning; without a query, offer to."""
     asked = _query(request, "q", *_VIEWS, "page")
     query = " ".join((asked.pop("q") or "").split())
     if len(query) > _QUERY:
         raise RequestError(f"A search has at most {_QUERY} characters: shorten it.")
     number = _page_number(asked.pop("page"))
-    searcher, found, begun = request.app.state.searcher, None, ()
-    if query:
-        found = searcher.search(
-            query, **_filters(asked), limit=_FOUND, offset=(number - 1) * _FOUND
-        )
-        # While somebody types, the last word may be unfinished.
-        typing = "hx-request" in request.headers and not any(asked.values())
-        if typing and (found.corrected or not found.total):
-            begun = searcher.suggest(query, limit=_FOUND)
+    return await searched(request, query, lambda: _search(request, query, asked, number))
+
+
+def _search(request: Request, query: str, asked: dict[str, str | None], number: int) -> Response:
+    searcher = request.app.state.searcher
 
     def contents(c: sa.Connection) -> Mapping[str, Any]:
+        found, begun = None, ()
+        if query:
+            part = {"limit": _FOUND, "offset": (number - 1) * _FOUND}
+            found = searcher.search(query, **_filters(asked), **part, within=c)
+            # While somebody types, the last word may be unfinished.
+            typing = "hx-request" in request.headers and not any(asked.values())
+            if typing and (found.corrected or not found.total):
+                begun = searcher.suggest(query, limit=_FOUND)
         hits = found.hits if found and not begun else ()
         shown = begun or [hit.paper for hit in hits]
         last = begun or number * _FOUND >= (found.total if found else 0)

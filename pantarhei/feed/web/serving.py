@@ -7,28 +7,24 @@ adds to the ledger later appears by itself.
 
 from __future__ import annotations
 
-import inspect
 import ipaddress
-import json
-import os
 import socket
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.supervisors import Multiprocess
 
 from pantarhei.errors import RequestError
 from pantarhei.feed.commands import say
 from pantarhei.feed.store import Store
+from pantarhei.feed.web import workers as several
 from pantarhei.feed.web.security import Mode, Site, networks
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_PLAN = "_PANTARHEI_SERVE"  # how the processes of --workers are told what to serve
 _WORKERS = 64
 _LOOK = 3.0  # seconds between looks at the ledger
 
@@ -65,17 +61,14 @@ def serve(plan: Plan, host: str, port: int, workers: int = 1) -> None:
             over = threading.Event()
             threading.Thread(target=_follow, args=(store, over), daemon=True).start()
             try:
-                _answer(plan, store, listening, workers)
+                if workers == 1:
+                    _answer(plan, store, listening)
+                else:
+                    several.run(_work, plan, listening, workers)
             finally:
                 over.set()
     finally:
         listening.close()
-
-
-def application() -> FastAPI:
-    """Return the page in a process that :func:`serve` began."""
-    plan = Plan(**json.loads(os.environ[_PLAN]))
-    return _application(plan, Store(plan.store))
 
 
 def address(listening: socket.socket) -> str:
@@ -85,25 +78,24 @@ def address(listening: socket.socket) -> str:
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
-def _answer(plan: Plan, store: Store, listening: socket.socket, workers: int) -> None:
-    options: dict[str, Any] = {
-        "log_level": "warning",
-        "access_log": False,
-        "server_header": False,
+def _answer(plan: Plan, store: Store, listening: socket.socket) -> None:
+    config = uvicorn.Config(
+        _application(plan, store),
+        loop="asyncio",  # others do not accept as workers.Handed does
+        log_level="warning",
+        access_log=False,
+        server_header=False,
         # The guard reads X-Forwarded-For itself, as far as it can be believed.
-        "proxy_headers": False,
-        "timeout_graceful_shutdown": 5,
-    }
-    if workers == 1:
-        config = uvicorn.Config(_application(plan, store), **options)
-        uvicorn.Server(config).run(sockets=[listening])
-        return
-    os.environ[_PLAN] = json.dumps(asdict(plan))
-    config = uvicorn.Config(f"{__name__}:application", factory=True, workers=workers, **options)
-    # Older ones want to be told what each process runs.
-    told = "target" in inspect.signature(Multiprocess).parameters
-    more: Any = {"target": uvicorn.Server(config).run} if told else {}
-    Multiprocess(config, sockets=[listening], **more).run()
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _work(plan: Plan, handed: socket.socket) -> None:
+    """Answer in a process of several."""
+    with Store(plan.store) as store:
+        _answer(plan, store, handed)
 
 
 def _application(plan: Plan, store: Store) -> FastAPI:
@@ -145,7 +137,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"{host}, port {port}, cannot be listened at ({error.strerror}): choose another "
             "--port, or 0 for any that is free."
         ) from None
-    listening.set_inheritable(True)
     return listening
 
 

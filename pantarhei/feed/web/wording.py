@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
@@ -20,6 +21,7 @@ SCALES = {
 }
 
 
+@functools.lru_cache(4096)  # a list asks for the same few again and again
 def day(text: str) -> str:
     """Write an ISO 8601 date as people do.
 

@@ -26,6 +26,10 @@ class NoSearch:
     def close(self) -> None:
         """Stop nothing."""
 
+    def prompt(self, query: str) -> bool:
+        """Let a thread answer."""
+        return False
+
     def related(self, paper: int, n: int = 5) -> list[Any]:
         """Know nothing."""
         return []

@@ -37,6 +37,10 @@ class NoSearch:
     def refresh(self) -> None:
         """Index nothing."""
 
+    def prompt(self, query: str) -> bool:
+        """Let a thread answer."""
+        return False
+
     def related(self, paper: int, n: int = 5) -> list[Any]:
         """Know nothing."""
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
 import re
@@ -10,11 +11,13 @@ import pytest
 import sqlalchemy as sa
 from _reading import EVIDENCE, LOCAL, client, filled, text, titles
 from _visiting import PUBLIC, Visitor, application
+from starlette.testclient import TestClient
 
 from pantarhei import report
 from pantarhei.feed import papers, schema
 from pantarhei.feed.search import Searcher
 from pantarhei.feed.store import Store
+from pantarhei.feed.web.app import create_app
 from pantarhei.papers import catalogue
 
 ALL = ("/", "/trending", "/papers", "/search", "/compare", "/about", "/api", "/paper/evolvegcn")
@@ -359,6 +362,30 @@ class TestCompare:
         assert browser.get(f"/compare?{many}").status_code == 400
         answer = browser.get("/compare?paper=nobody")
         assert answer.status_code == 400 and "Unknown paper" in answer.text
+
+
+def test_a_search_of_milliseconds_is_made_in_the_event_loop_and_no_other(full, monkeypatch):
+    searcher = Searcher(full)
+    searcher.refresh()
+    made, where = searcher.search, []
+
+    def search(*arguments, **options):
+        try:
+            asyncio.get_running_loop()
+            where.append("loop")
+        except RuntimeError:
+            where.append("thread")
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(searcher, "search", search)
+    browser = TestClient(create_app(full, searcher=searcher), base_url=LOCAL)
+    prompt = "loop" if full.path is not None else "thread"
+    for path in ("/search?q={}", "/api/v1/search?q={}"):
+        for query, expected in (("early exit", prompt), ('"early exit"', "thread")):
+            where.clear()
+            answer = browser.get(path.format(query))
+            assert answer.status_code == 200 and "rbqe" in answer.text
+            assert where == [expected]
 
 
 def test_about_says_the_formula_with_its_constants(full):
