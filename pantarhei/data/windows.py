@@ -236,7 +236,9 @@ class Windows:
             stacked = torch.from_numpy(np.stack(found).astype(np.float32))
             states = self._normalised(stacked.to(self.device))
         past, targets = states[:, : self.history], states[:, self.history :]
-        told = {name: values[rows.to(self.device)] for name, values in self._given.items()}
+        told: dict[str, Tensor] = {
+            name: values[rows.to(self.device)] for name, values in self._given.items()
+        }
         return past, targets, *with_lead(told, leads.to(self.device), self._names)
 
     def _normalised(self, states: Tensor) -> Tensor:
