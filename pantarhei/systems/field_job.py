@@ -23,10 +23,13 @@ from pantarhei.systems._field_figures import animate, error_figure, frames_figur
 from pantarhei.systems.flow.surrogate import inputs_of
 from pantarhei.systems.forecaster import FieldForecaster, Given, build
 from pantarhei.systems.parameters import ParameterScale
+from pantarhei.systems.sizes import weight_count, width_for
 from pantarhei.systems.told import POINTS, Told
 
 Array = NDArray[np.float32]
-MODELS = ("sinenet", "unet", "dil-resnet", "fno", "ffno", *POINTS)
+MODELS = (
+    "sinenet", "unet", "unet-mod", "dil-resnet", "fno", "ffno", "neuralop-fno", *POINTS,
+)  # fmt: skip
 _LEAST = 1e-3  # of a channel's standard deviation: members that agree are not certain
 
 
@@ -198,12 +201,35 @@ def _model(name: str, parts: Parts, plan: Plan) -> nn.Module:
     net, arguments = _arguments(name, parts, plan)
     if not parts.given and net not in POINTS:
         return build(net, **arguments)
-    told = Told(net, parts.columns, parts.mask, as_channels=name == "unet", **arguments)
+    planes = _tells_by_planes(name, parts, plan)
+    told = Told(net, parts.columns, parts.mask, as_channels=planes, **arguments)
     if parts.columns:
         assert parts.data.parameters is not None
         table = parts.data.parameters[parts.train]
         told.scale = ParameterScale.of(table[:, parts.columns])
     return told
+
+
+def _levels_and_waves(name: str, parts: Parts) -> dict[str, Any]:
+    space = parts.data.shape[3:]
+    return {
+        # the coarsest level keeps four cells along the shortest axis
+        "levels": max(1, min(4, int(math.log2(min(space) / 4)))),
+        "waves": 4 if name == "sinenet" else 1,
+        "disentangle": name == "sinenet",
+        "space": len(space),
+    }
+
+
+def _tells_by_planes(name: str, parts: Parts, plan: Plan) -> bool:
+    """Whether a network is told by channels: a SineNet is where embeddings leave it no room."""
+    from pantarhei.systems.sinenet import parameter_count
+
+    if name != "sinenet" or not parts.columns:
+        return name == "unet"
+    fields = parts.data.shape[2]
+    shape = _levels_and_waves(name, parts) | {"width": 4, "conditions": len(parts.columns)}
+    return parameter_count(fields * plan.history, fields, 1.4, **shape) > plan.parameters
 
 
 def _arguments(name: str, parts: Parts, plan: Plan) -> tuple[str, dict[str, Any]]:
@@ -221,37 +247,42 @@ def _arguments(name: str, parts: Parts, plan: Plan) -> tuple[str, dict[str, Any]
     if name in ("sinenet", "unet"):
         from pantarhei.systems.sinenet import multiplier, parameter_count
 
-        # what tells a SineNet comes on top of its size; a U-Net's further channels are a part of it
-        seen = inputs + (len(parts.columns) + parts.mask) * (name == "unet")
-        shape: dict[str, Any] = {
-            # the coarsest level keeps four cells along the shortest axis
-            "levels": max(1, min(4, int(math.log2(min(space) / 4)))),
-            "waves": 4 if name == "sinenet" else 1,
-            "disentangle": name == "sinenet",
-            "space": len(space),
-        }
+        # what tells a network is a part of its size
+        told = {"conditions": len(parts.columns), "mask": parts.mask}
+        planes = _tells_by_planes(name, parts, plan)
+        seen = inputs + sum(told.values()) * planes
+        counted: dict[str, Any] = {} if planes else told
+        shape = _levels_and_waves(name, parts)
+
+        def least(width: int) -> int:
+            return parameter_count(seen, fields, 1.4, width=width, **shape, **counted)
+
         # the widest whose channels can still grow by half a level, as the paper's family does
-        widths = [
-            width
-            for width in (4, 8, 12, 16, 24, 32, 48, 64)
-            if parameter_count(seen, fields, 1.4, width=width, **shape) <= plan.parameters
-        ]
+        widths = [w for w in (4, 8, 12, 16, 24, 32, 48, 64) if least(w) <= plan.parameters]
         if not widths:
-            least = parameter_count(seen, fields, 1.4, width=4, **shape)
             raise RequestError(
                 f"--parameters {plan.parameters} are too few for a {name} of this grid: give "
-                f"{least} or more."
+                f"{least(4)} or more."
             )
         shape["width"] = widths[-1]
         return "sinenet", {
             "in_ch": inputs, "out_ch": fields, "padding": plan.padding,
-            "mult": multiplier(seen, fields, plan.parameters, **shape),
+            "mult": multiplier(seen, fields, plan.parameters, **shape, **counted),
             "wave_residual": name == "sinenet", **shape,
         }  # fmt: skip
+    if name == "unet-mod":
+        from pantarhei.systems.unet_mod import UNetMod
+
+        if plan.padding != "zeros":
+            raise RequestError("unet-mod pads with zeros alone: leave --padding, or take unet.")
+        seen = inputs + len(parts.columns) + parts.mask
+        width = width_for(plan.parameters, lambda w: UNetMod(seen, fields, w, space=len(space)))
+        return name, {"in_ch": inputs, "out_ch": fields, "space": len(space), "width": width}
     sizes: dict[str, dict[str, Any]] = {
         "dil-resnet": {"width": 32, "padding": plan.padding},
         "fno": {"width": 20, "modes": min(space) // 3},
         "ffno": {"width": 48, "modes": min(space) // 3, "layers": 8},
+        "neuralop-fno": {"width": 20, "modes": min(space) // 3},
     }
     return name, {"in_ch": inputs, "out_ch": fields, "space": len(space), **sizes[name]}
 
@@ -262,7 +293,7 @@ def _members(name: str, parts: Parts, plan: Plan) -> list[nn.Module]:
         with torch.random.fork_rng():
             torch.manual_seed(plan.seed + member)
             model = _model(name, parts, plan)
-        if len(parts.data.shape) == 5 and name in ("sinenet", "unet", "dil-resnet"):
+        if len(parts.data.shape) == 5 and name in ("sinenet", "unet", "unet-mod", "dil-resnet"):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         made.append(model)
     return made
@@ -368,10 +399,7 @@ def _rows(
     dt: float,
 ) -> list[dict[str, Any]]:
     reference = errors["persistence"].mean()
-    sizes = {
-        name: sum(p.numel() for p in group[0].model.parameters())
-        for name, group in ensembles.items()
-    }
+    sizes = {name: weight_count(group[0].model) for name, group in ensembles.items()}
     rows = []
     for name, error in errors.items():
         mean = torch.from_numpy(np.ascontiguousarray(told[name].mean(0)))

@@ -10,8 +10,8 @@ pointwise maps. F-FNO (arXiv 2111.13802) transforms one axis at a time and sums 
 weights per layer, and deep networks.
 
 Written here, where ``neuraloperator`` has an FNO too: importing that one asks for tensorly,
-tensorly-torch and (to install) wandb, and these layers are thirty lines. The benchmark of SineNet
-compares with it where it is installed.
+tensorly-torch and (to install) wandb, and these layers are thirty lines. Its own, another network,
+is :class:`pantarhei.systems.neuralop_fno.NeuralopFNO`.
 """
 
 from __future__ import annotations

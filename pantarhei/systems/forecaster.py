@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pantarhei.data.trajectories import Trajectories
-from pantarhei.data.windows import Statistics, Windows
+from pantarhei.data.windows import Statistics, Windows, with_lead
 from pantarhei.devices import chosen_device
 from pantarhei.errors import RequestError, nearest
 from pantarhei.fit import Fit, fit
@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 
     Cases = Sequence[int] | NDArray[Any]
 
-Given = Literal["parameters", "mask"]
+Given = Literal["parameters", "mask", "lead"]
 MODELS = {
     "sinenet": "pantarhei.systems.sinenet:SineNet",
+    "unet-mod": "pantarhei.systems.unet_mod:UNetMod",
     "dil-resnet": "pantarhei.systems.dilated_resnet:DilatedResNet",
     "fno": "pantarhei.systems.fno:FNO",
     "ffno": "pantarhei.systems.fno:FactorizedFNO",
+    "neuralop-fno": "pantarhei.systems.neuralop_fno:NeuralopFNO",
     "told": "pantarhei.systems.told:Told",
 }
 """Models that a saved forecaster is rebuilt from by name; a new one is a line here."""
@@ -47,7 +49,10 @@ _BATCH = 32
 class FieldForecaster:
     """A model (B, history x C, *space) to (B, C, *space) in normalised units, and its statistics.
 
-    ``given`` names what the model is told beside the frames: ``"parameters"``, ``"mask"``.
+    ``given`` names what the model is told beside the frames: ``"parameters"``, ``"mask"``, and
+    ``"lead"``, how many frames ahead it is to forecast: the last column of the parameters, or
+    alone (B, 1). A model that is told the lead forecasts any frame in one step
+    (:meth:`evaluate_leads`, :meth:`forecast_leads`), and is run forward by steps of one frame.
 
     >>> import numpy as np
     >>> from pantarhei.systems.sinenet import SineNet
@@ -92,6 +97,7 @@ class FieldForecaster:
         horizon: int = 1,
         pushforward: int = 0,
         noise: float = 0.0,
+        leads: int | None = None,
         error: Metric | None = None,
         lr: float = 2e-4,
         weight_decay: float = 1e-5,
@@ -103,12 +109,16 @@ class FieldForecaster:
         """Train on windows of the training cases; return what :func:`pantarhei.fit.fit` does.
 
         The loss is that of :func:`pantarhei.rollout.forecast_loss`: ``horizon`` steps with
-        gradients after ``pushforward`` steps without, from inputs with ``noise``. With
+        gradients after ``pushforward`` steps without, from inputs with ``noise``. With ``leads``
+        the target lies 1 to that many frames ahead instead (:func:`~pantarhei.data.windows.
+        draw_leads`); for a model that is told the lead, as many as there are unless given. With
         ``validation`` cases the weights with the least error of their whole rollout are kept,
         checked ``validate_every`` steps (ten times unless given). ``in_memory`` as for
         :class:`~pantarhei.data.windows.Windows`; further options are ``fit``'s.
         """
         where = chosen_device(device)
+        if leads is None and "lead" in self.given:
+            leads = data.shape[1] - self.history
         windows = Windows(
             data,
             training,
@@ -118,6 +128,7 @@ class FieldForecaster:
             seed=seed,
             statistics=self.statistics,
             given=self.given,
+            leads=leads,
             in_memory=in_memory,
             device=where,
         )
@@ -126,7 +137,13 @@ class FieldForecaster:
 
             def judge(model: nn.Module) -> float:
                 with _autocast(kind, where):
-                    found = self.evaluate(data, validation, metrics={"l2": relative_l2})
+                    if leads is None:
+                        found = self.evaluate(data, validation, metrics={"l2": relative_l2})
+                    else:
+                        aims = range(1, min(leads, self._last_lead(data, validation)) + 1)
+                        found = self.evaluate_leads(
+                            data, validation, aims, metrics={"l2": relative_l2}
+                        )
                 return found.mean("l2")
 
             options = {"validate_every": max(1, steps // 10), **options}
@@ -192,6 +209,73 @@ class FieldForecaster:
             self.model, start, steps, given=told, decode=self.statistics.restore, **options
         )
 
+    def evaluate_leads(
+        self,
+        data: Trajectories,
+        cases: Cases,
+        leads: Sequence[int] | None = None,
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+        keep: Literal["all", "none"] = "none",
+    ) -> Forecast:
+        """Forecast the frames that lie ``leads`` ahead of the first ones, each in one step.
+
+        As :meth:`evaluate`, whose repeated steps of one frame it is to be compared with; the
+        ``steps`` of what is returned are the leads, all that the shortest case has unless given.
+        """
+        self._check(data)
+        last = self._last_lead(data, cases)
+        aims = [int(lead) for lead in (range(1, last + 1) if leads is None else leads)]
+        if not aims or not all(1 <= lead <= last for lead in aims):
+            raise RequestError(
+                f"Leads {aims} cannot be compared: after {self.history} frames the shortest of "
+                f"these cases has {last} more. Choose among 1 to {last}."
+            )
+        states = data.tensor(cases, 0, self.history + max(aims))
+        start, truth = states[:, : self.history], states[:, [self.history - 1 + n for n in aims]]
+        told = dict(zip(self._names(), self.told(data, cases, lead=None), strict=True))
+        made = torch.cat(
+            [
+                self.forecast_leads(start[some], aims, **{k: v[some] for k, v in told.items()})
+                for some in torch.arange(len(start)).split(_BATCH)
+            ]
+        )
+        chosen = metrics or {"relative_l2": relative_l2, "correlation": correlation}
+        scores = {
+            name: torch.stack([metric(made[:, t], truth[:, t]) for t in range(len(aims))], 1)
+            for name, metric in chosen.items()
+        }
+        lost = ~made.flatten(2).isfinite().all(2)
+        blown_at = torch.where(lost.any(1), lost.long().argmax(1) + 1, 0)
+        return Forecast(made if keep == "all" else None, None, tuple(aims), scores, blown_at)
+
+    def forecast_leads(
+        self,
+        frames: Tensor,
+        leads: Sequence[float],
+        *,
+        parameters: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Forecast from the user's own last frames (B, history, C, *space) in one step for a lead.
+
+        ``leads`` are in units of ``dt``; one between two frames is allowed. Returns
+        (B, lead, C, *space) in physical units.
+        """
+        told = {"parameters": parameters, "mask": mask}
+        known = {name: value for name, value in told.items() if value is not None}
+        if sorted(known) != sorted(self._names()):
+            raise RequestError(
+                f"This model is told {', '.join(self._names()) or 'neither parameters nor mask'} "
+                f"beside the lead, and got {', '.join(known) or 'neither'}."
+            )
+        found = []
+        for lead in leads:
+            at = torch.full((len(frames),), float(lead))
+            given = with_lead({k: v.cpu() for k, v in known.items()}, at, self.given)
+            found.append(self.forecast(frames, 1, *given).kept)
+        return torch.cat(found, 1)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the weights and everything else to a new folder."""
         kind = f"{type(self.model).__module__}:{type(self.model).__qualname__}"
@@ -235,16 +319,27 @@ class FieldForecaster:
                 f"{data.channels} at dt {data.dt:g}."
             )
 
-    def told(self, data: Trajectories, cases: Cases) -> list[Tensor]:
-        """Return what the model is told of these cases, for :meth:`forecast`."""
+    def told(self, data: Trajectories, cases: Cases, lead: float | None = 1.0) -> list[Tensor]:
+        """Return what the model is told of these cases, for :meth:`forecast`.
+
+        A model that is told the lead goes forward by ``lead`` frames a step; None leaves it out.
+        """
         chosen = [int(case) for case in cases]
         parts = {"parameters": data.parameters, "mask": data.masks()}
-        told = []
-        for name in self.given:
+        told = {}
+        for name in self._names():
             if (values := parts[name]) is None:
                 raise RequestError(f"The model is told {name}, and the data hold none.")
-            told.append(torch.from_numpy(values[chosen]).float())
-        return told
+            told[name] = torch.from_numpy(values[chosen]).float()
+        if lead is None:
+            return list(told.values())
+        return with_lead(told, torch.full((len(chosen),), float(lead)), self.given)
+
+    def _names(self) -> list[str]:
+        return [name for name in self.given if name != "lead"]
+
+    def _last_lead(self, data: Trajectories, cases: Cases) -> int:
+        return min(data.length(int(case)) for case in cases) - self.history
 
 
 def build(name: str, **arguments: Any) -> nn.Module:

@@ -176,7 +176,7 @@ class SineNet(nn.Module):
         size = x.shape[2:]
         if mask is not None:
             x = torch.cat([x, mask.to(x).expand(len(x), *size)[:, None]], 1)
-        x = self.lift(_padded(x, 2**self.levels, self.borders))
+        x = self.lift(padded(x, 2**self.levels, self.borders))
         told = None
         if conditions is not None:
             parts = [
@@ -429,16 +429,25 @@ def upsampled(x: Tensor, borders: Sequence[Border], kind: str = "bicubic") -> Te
     As ``torch.nn.functional.interpolate(align_corners=False)`` where the border is not periodic
     (beyond it, the last value), and without a seam where it is. One axis after another, each a
     product with a banded matrix: any number of axes, mixed borders, and gradients that are
-    the same at every run (interpolate's are not on CUDA).
+    the same at every run (interpolate's are not on CUDA). Channels that lie last in memory stay
+    there: what follows need not turn them back.
     """
-    for axis, border in enumerate(borders, start=2):
+    last = _channels_last(x)
+    if last:
+        x = x.movedim(1, -1)
+    for axis, border in enumerate(borders, start=1 if last else 2):
         matrix = _doubling(x.shape[axis], border == "circular", kind, x.dtype, x.device)
         if axis == x.dim() - 1:
             x = x @ matrix.T
         else:
             behind = x.shape[axis + 1 :]
             x = (matrix @ x.flatten(axis + 1)).unflatten(-1, behind)
-    return x
+    return x.movedim(-1, 1) if last else x
+
+
+def _channels_last(x: Tensor) -> bool:
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous()
 
 
 @functools.lru_cache(maxsize=64)
@@ -472,12 +481,15 @@ class _Pad(nn.Module):
 
     def __init__(self, borders: tuple[Border, ...]) -> None:
         super().__init__()
-        self.periodic = [n for b in reversed(borders) for n in (int(b == "circular"),) * 2]
-        self.cells = 1
+        self.borders, self.cells = borders, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, [self.cells * n for n in self.periodic], "circular")
-        return F.pad(x, [self.cells * (1 - n) for n in self.periodic])
+        for axis, border in enumerate(self.borders, start=2):
+            if border == "circular":  # pad(mode="circular") turns channels that lie last
+                before = x.narrow(axis, x.shape[axis] - self.cells, self.cells)
+                x = torch.cat([before, x, x.narrow(axis, 0, self.cells)], axis)
+        walls = [self.cells * (b == "zeros") for b in reversed(self.borders) for _ in range(2)]
+        return F.pad(x, walls) if any(walls) else x
 
 
 def _convolution(inputs: int, outputs: int, borders: tuple[Border, ...]) -> nn.Module:
@@ -487,7 +499,7 @@ def _convolution(inputs: int, outputs: int, borders: tuple[Border, ...]) -> nn.M
     return nn.Sequential(_Pad(borders), kind(inputs, outputs, 3))
 
 
-def _padded(x: Tensor, multiple: int, borders: tuple[Border, ...]) -> Tensor:
+def padded(x: Tensor, multiple: int, borders: tuple[Border, ...]) -> Tensor:
     """Fill up each axis to a multiple: from across the domain, or with the last value."""
     for axis, border in enumerate(borders, start=2):
         n = x.shape[axis]

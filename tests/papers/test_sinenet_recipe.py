@@ -6,6 +6,7 @@ import csv
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from pantarhei.errors import RequestError
 from pantarhei.papers import load_recipe, sinenet
 from pantarhei.runs import execute, start
+from pantarhei.systems.neuralop_fno import neuralop
+from pantarhei.systems.sizes import weight_count
 
 TINY = {
     "size": 16,
@@ -88,12 +91,14 @@ def test_a_run_that_was_interrupted_gives_the_same(tmp_path, monkeypatch):
 
 
 def test_other_networks_and_flows_are_built_and_run(tmp_path):
-    others = ("1", "deeper", "unet", "dil-resnet", "fno")
+    others = ("1", "deeper", "unet", "dil-resnet", "fno", "ffno", "auto-deeponet")
     with tiny(tmp_path / "run", smoke=others, translation=("1 longer", "2")) as run:
         study = sinenet.Study.of(run, "smoke")
         for model in others:
             assert study.network(model)(torch.zeros(1, 12, 16, 16)).shape == (1, 3, 16, 16)
         assert sinenet.Study.of(run, "translation").updates("1 longer") > 2
+        run.settings["budget"] = 40_000
+        assert study.network("unet-mod")(torch.zeros(1, 12, 16, 16)).shape == (1, 3, 16, 16)
         gas = sinenet.Study.of(run, "gas")
         assert gas.data.shape == (9, 21, 4, 16, 16)
     with (
@@ -101,6 +106,45 @@ def test_other_networks_and_flows_are_built_and_run(tmp_path):
         pytest.raises(RequestError, match="no model"),
     ):
         list(sinenet.recipe(run))
+
+
+def test_every_baseline_has_the_budgets_weights_at_every_scale():
+    for scale in ("cpu", "gpu"):
+        settings = SimpleNamespace(**sinenet.SETTINGS[scale])
+        size = settings.size
+        data = SimpleNamespace(channels=("smoke", "vx", "vy"), shape=(1, 14, 3, size, size))
+        study = sinenet.Study(SimpleNamespace(settings=settings), "smoke", data, ())
+        coarse = {"unet-mod"} if scale == "cpu" else set()  # from 5 to 6 channels it grows by 44 %
+        others = {"wide", "neuralop-fno", "1 longer"} | coarse
+        for model in {*settings.smoke, *sinenet.KINDS} - others:
+            with torch.device("meta"):
+                weights = weight_count(study.network(model))
+            assert weights == pytest.approx(settings.budget, rel=0.021), (scale, model)
+
+
+def test_baselines_are_trained_beside_the_chains_and_no_claim_is_made_of_them(tmp_path):
+    others = ("dil-resnet", "fno", "auto-deeponet", "auto-deeponet-cnn")
+    changes = {"water": (), "translation": (), "budget": 300_000, "precision": "bf16"}
+    with tiny(tmp_path / "run", smoke=others, **changes) as run:
+        result = execute(run)
+    rows = list(csv.DictReader((result.dir / "models.csv").open()))
+    assert [r["model"] for r in rows] == [*others, "persistence"]
+    for r in rows[:-1]:
+        assert int(r["parameters"]) == pytest.approx(300_000, rel=0.03)
+        assert int(r["updates"]) == 2 and math.isfinite(float(r["rollout"]))
+    assert all(math.isnan(claim.measured) for claim in result.claims)
+
+
+def test_a_missing_library_is_said_before_anything_is_simulated(tmp_path, monkeypatch):
+    neuralop.cache_clear()
+    monkeypatch.setitem(sys.modules, "neuralop.models", None)
+    monkeypatch.setattr(sinenet.Study, "of", lambda *_: pytest.fail("simulated first"))
+    with (
+        tiny(tmp_path / "run", smoke=("1", "neuralop-fno")) as run,
+        pytest.raises(RequestError, match="pip install"),
+    ):
+        list(sinenet.recipe(run))
+    neuralop.cache_clear()
 
 
 def row(study, model, *rollouts):

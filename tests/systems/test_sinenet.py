@@ -11,6 +11,7 @@ from pantarhei.errors import RequestError
 from pantarhei.rollout import forecast_loss, rollout
 from pantarhei.systems.sinenet import (
     SineNet,
+    _Pad,
     dilated,
     multiplier,
     parameter_count,
@@ -54,19 +55,28 @@ def test_the_papers_other_networks():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"disentangle": False, "block_residual": False},
-        {"blocks": 3, "conditions": 2},
-        {"conditions": 1, "condition": "add", "mask": True},
         {"space": 1},
         {"space": 3, "levels": 1},
         {"round_to": 4},
     ],
 )
 def test_the_formula_counts_what_is_built(options):
-    net = tiny(**options)
     shape = {"waves": 2, "width": 6, "levels": 2} | options
-    assert count(net) == parameter_count(2, 1, 1.5, **shape)
+    assert count(tiny(**options)) == parameter_count(2, 1, 1.5, **shape)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("condition", ["adagn", "add"])
+@pytest.mark.parametrize("conditions", [0, 1, 3])
+def test_what_a_network_is_told_counts_and_a_budget_holds_it(conditions, condition, mask, blocks):
+    options = {"conditions": conditions, "condition": condition, "mask": mask, "blocks": blocks}
+    shape = {"waves": 2, "width": 6, "levels": 2} | options
+    assert count(tiny(**options)) == parameter_count(2, 1, 1.5, **shape)
+    told = SineNet(2, 1, param_budget=400_000, **shape)
+    assert count(told) == pytest.approx(400_000, rel=0.02)
+    assert multiplier(2, 1, 400_000, **shape) == told.arguments["mult"]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +181,31 @@ def test_upsampling_is_torchs_and_has_no_seam_where_it_is_periodic():
     cube = torch.randn(1, 1, 4, 4, 4)
     linear = F.interpolate(cube, scale_factor=2, mode="trilinear", align_corners=False)
     torch.testing.assert_close(upsampled(cube, ("zeros",) * 3, "bilinear"), linear)
+
+
+@pytest.mark.parametrize("borders", [("zeros",) * 2, ("circular", "zeros")])
+def test_channels_that_lie_last_in_memory_stay_there_and_change_nothing(borders):
+    x = torch.randn(2, 3, 8, 6, requires_grad=True)
+    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    pad = _Pad(borders)
+    for way in (lambda x: upsampled(x, borders), pad):
+        ours, theirs = way(last), way(x)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        weights = torch.randn_like(theirs)
+        gradients = [torch.autograd.grad(y, z, weights)[0] for y, z in ((ours, last), (theirs, x))]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    cube = torch.randn(1, 2, 4, 4, 6)
+    moved = upsampled(cube.to(memory_format=torch.channels_last_3d), (*borders, "zeros"))
+    torch.testing.assert_close(moved, upsampled(cube, (*borders, "zeros")), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cells", [1, 3])
+def test_a_pad_comes_from_across_the_domain_or_is_zero(cells):
+    pad, x = _Pad(("circular", "zeros")), torch.randn(2, 3, 5, 4)
+    pad.cells = cells
+    around = F.pad(x, (0, 0, cells, cells), "circular")
+    assert torch.equal(pad(x), F.pad(around, (cells, cells, 0, 0)))
 
 
 def test_the_receptive_field_grows_with_levels_and_wraps_only_where_it_is_periodic():

@@ -221,7 +221,8 @@ class AutoFFN(_StepsPoints):
 class AutoDeepONet(_StepsPoints):
     """Branch [channels R C + P, 100 x 8] on (field, omega) times trunk [2, 100 x 8] on the point.
 
-    ``published``: the point as (index - 50)/100, whatever the grid.
+    ``width``: of the hidden layers, 100 as published. ``published``: the point as (index - 50)/100,
+    whatever the grid.
 
     >>> sum(p.numel() for p in AutoDeepONet(parameters=5).parameters())
     551901
@@ -234,9 +235,10 @@ class AutoDeepONet(_StepsPoints):
         channels: int = 1,
         published: bool = False,
         history: int = 1,
+        width: int = 100,
     ) -> None:
         super().__init__(parameters, grid, channels, published, history)
-        wide = [*[100] * 7, 100 * channels]
+        wide = [*[width] * 7, width * channels]
         self.branch = Mlp([self._seen * grid[0] * grid[1] + parameters, *wide])
         self.trunk = Mlp([2, *wide])
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -277,7 +279,7 @@ class AutoDeepONetCNN(_StepsPoints):
     """Convolutional branch on (u, v, mask, omega) times trunk [2, 100 x 4, 512], then a perceptron.
 
     Branch: Conv5x5 to 32, 4 x (Conv5x5, MaxPool2, ReLU), Conv5x5, 4x4 cells (pooled to that on
-    other grids than the paper's); the product goes through [512, 512, 512, channels]. With one
+    other grids than the paper's); the product goes through [512, width, width, channels]. With one
     channel the field is u and its v plane is zero.
 
     >>> sum(p.numel() for p in AutoDeepONetCNN(parameters=5).parameters())
@@ -291,6 +293,7 @@ class AutoDeepONetCNN(_StepsPoints):
         channels: int = 1,
         published: bool = False,
         history: int = 1,
+        width: int = 512,
     ) -> None:
         super().__init__(parameters, grid, channels, published, history)
         if min(grid) < 16:
@@ -303,7 +306,7 @@ class AutoDeepONetCNN(_StepsPoints):
         layers += [nn.Conv2d(32, 32, 5, padding=2), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
         self.branch = nn.Sequential(*layers)
         self.trunk = Mlp([2, *[100] * 4, 512])
-        self.out = Mlp([512, 512, 512, channels])
+        self.out = Mlp([512, width, width, channels])
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def _change(self, field: Tensor, omega: Tensor, points: Tensor, mask: Tensor | None) -> Tensor:

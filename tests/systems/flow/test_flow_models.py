@@ -46,6 +46,20 @@ def test_parameters_are_those_of_the_published_models(name):
         assert sum(p.numel() for p in net.parameters()) == size
 
 
+@pytest.mark.parametrize("width", [7, 30])
+def test_the_width_of_the_hidden_layers_can_be_chosen(width):
+    net = model("auto-deeponet", 0, (16, 16), 3, history=2, width=width)
+    hidden = 6 * (width + 1) * width + (width + 1) * 3 * width
+    expected = (2 * 3 * 256 + 1) * width + (2 + 1) * width + 2 * hidden + 3
+    assert sum(p.numel() for p in net.parameters()) == expected
+    net, published = (
+        model("auto-deeponet-cnn", 0, (16, 16), 3, **o) for o in ({"width": width}, {})
+    )
+    counts = [sum(p.numel() for p in n.out.parameters()) for n in (net, published)]
+    assert counts == [513 * w + (w + 1) * w + 3 * (w + 1) for w in (width, 512)]
+    assert net.step(torch.zeros(1, 3, 16, 16), torch.zeros(1, 0)).shape == (1, 3, 16, 16)
+
+
 def test_norm_act_is_relu_between_standardising_and_back():
     x = torch.randn(4, 6, 5, dtype=torch.float64)
     for net, axes in ((NormAct(), (2,)), (NormAct(whole=True), (1, 2))):
