@@ -154,12 +154,12 @@ def in_turn(ask: Callable[[Any], object], questions: Sequence[Any], readers: int
     return Times(taken, time.perf_counter() - began)
 
 
-def over_http(port: int, paths: Sequence[str], readers: int) -> Times:
+def over_http(server: Server, paths: Sequence[str], readers: int) -> Times:
     """Ask for every path once over so many connections, from a process of its own."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import feed; feed.reading()"
     done = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent)],
-        input=json.dumps([port, list(paths), readers]),
+        input=json.dumps([server.port, server.mine, list(paths), readers]),
         capture_output=True,
         text=True,
         check=True,
@@ -168,8 +168,8 @@ def over_http(port: int, paths: Sequence[str], readers: int) -> Times:
 
 
 def reading() -> None:
-    """Be the readers: take port, paths and their number from stdin, print the times."""
-    port, paths, readers = json.load(sys.stdin)
+    """Be the readers: take port, kind, paths and their number from stdin, print the times."""
+    port, mine, paths, readers = json.load(sys.stdin)
     left, taken, addresses = iter(paths), [], itertools.count(random.randrange(2**24))
 
     async def read() -> None:
@@ -178,8 +178,10 @@ def reading() -> None:
             began = time.perf_counter()
             number = next(addresses)
             address = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
-            lines = f"Host: 127.0.0.1:{port}\r\nX-Forwarded-For: {address}\r\n\r\n"
-            writer.write(f"GET {path} HTTP/1.1\r\n{lines}".encode())
+            told = "" if mine else f"X-Forwarded-For: {address}\r\n"
+            writer.write(
+                f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{told}\r\n".encode()
+            )
             head = await reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 200"):
                 raise SystemExit(f"{path}: {head[:200]!r}")
@@ -252,6 +254,7 @@ class Server:
         command = [sys.executable, "-m", "pantarhei", "serve", "--store", str(store.path)]
         command += ["--port", str(self.port), "--workers", str(workers)]
         command += ["--mine"] if mine else ["--proxy", "127.0.0.1"]
+        self.mine = mine
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         began = time.perf_counter()
         while time.perf_counter() - began < 120 and self.process.poll() is None:
@@ -343,7 +346,7 @@ def compare(store: Store, asked: list[dict[str, str]], given: argparse.Namespace
 
 def watched(what: str, server: Server, paths: Sequence[str], readers: int) -> Times:
     before = processor(server.process.pid)
-    found = over_http(server.port, paths, readers)
+    found = over_http(server, paths, readers)
     each = (processor(server.process.pid) - before) / len(paths) * 1e3
     print(f"{what}, {readers} readers: {found}, {each:.2f} ms of a processor each")
     return found
@@ -357,7 +360,7 @@ def by_web(store: Store, asked: list[dict[str, str]], given: argparse.Namespace)
         quick = 0
         for number in range(600):  # until the index answers: common words are slow without it
             path = f"/search?q=neural+network+data+{number}"
-            quick = quick + 1 if over_http(server.port, [path], 1).at(1) < 150 else 0
+            quick = quick + 1 if over_http(server, [path], 1).at(1) < 150 else 0
             if quick == 5 * workers:
                 break
             time.sleep(0.5 if number > 5 else 0)

@@ -221,10 +221,10 @@ def _ranked(
 def _hits(searcher: Searcher, query: str, dates: dict[int, str]) -> list[int]:
     """Return those of the papers that a search finds, in its order."""
     hits: list[int] = []
-    between = {"since": min(dates.values()), "until": max(dates.values())}
+    first, last = min(dates.values()), max(dates.values())
     for offset in range(0, _LOOKED_AT, 100):
         try:
-            found = searcher.search(query, **between, limit=100, offset=offset)
+            found = searcher.search(query, since=first, until=last, limit=100, offset=offset)
         except RequestError:  # a query without a word, say: nothing is found
             break
         hits += [hit.paper.id for hit in found.hits if hit.paper.id in dates]
