@@ -179,9 +179,7 @@ def reading() -> None:
             number = next(addresses)
             address = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
             told = "" if mine else f"X-Forwarded-For: {address}\r\n"
-            writer.write(
-                f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{told}\r\n".encode()
-            )
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{told}\r\n".encode())
             head = await reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 200"):
                 raise SystemExit(f"{path}: {head[:200]!r}")
