@@ -243,7 +243,10 @@ def _arguments(name: str, parts: Parts, plan: Plan) -> tuple[str, dict[str, Any]
                 f"{' of cases with parameters' if name == 'auto-edeeponet' else ''}: these have "
                 f"{len(space)} axes, and {len(parts.columns)} parameters that differ."
             )
-        return name, {"channels": fields, "grid": space, "history": plan.history}
+        own = {"channels": fields, "grid": space, "history": plan.history}
+        told = parts.columns, parts.mask
+        width = width_for(plan.parameters, lambda w: Told(name, *told, width=w, **own))
+        return name, own | {"width": width}
     if name in ("sinenet", "unet"):
         from pantarhei.systems.sinenet import multiplier, parameter_count
 
@@ -270,21 +273,20 @@ def _arguments(name: str, parts: Parts, plan: Plan) -> tuple[str, dict[str, Any]
             "mult": multiplier(seen, fields, plan.parameters, **shape, **counted),
             "wave_residual": name == "sinenet", **shape,
         }  # fmt: skip
-    if name == "unet-mod":
-        from pantarhei.systems.unet_mod import UNetMod
-
-        if plan.padding != "zeros":
-            raise RequestError("unet-mod pads with zeros alone: leave --padding, or take unet.")
-        seen = inputs + len(parts.columns) + parts.mask
-        width = width_for(plan.parameters, lambda w: UNetMod(seen, fields, w, space=len(space)))
-        return name, {"in_ch": inputs, "out_ch": fields, "space": len(space), "width": width}
-    sizes: dict[str, dict[str, Any]] = {
-        "dil-resnet": {"width": 32, "padding": plan.padding},
-        "fno": {"width": 20, "modes": min(space) // 3},
-        "ffno": {"width": 48, "modes": min(space) // 3, "layers": 8},
-        "neuralop-fno": {"width": 20, "modes": min(space) // 3},
+    if name == "unet-mod" and plan.padding != "zeros":
+        raise RequestError("unet-mod pads with zeros alone: leave --padding, or take unet.")
+    modes = min(space) // 3
+    kinds: dict[str, dict[str, Any]] = {
+        "unet-mod": {},
+        "dil-resnet": {"padding": plan.padding},
+        "fno": {"modes": modes},
+        "ffno": {"modes": modes, "layers": 8},
+        "neuralop-fno": {"modes": modes},
     }
-    return name, {"in_ch": inputs, "out_ch": fields, "space": len(space), **sizes[name]}
+    own = {"out_ch": fields, "space": len(space), **kinds[name]}
+    seen = inputs + len(parts.columns) + parts.mask
+    width = width_for(plan.parameters, lambda w: build(name, in_ch=seen, width=w, **own))
+    return name, {"in_ch": inputs, "width": width, **own}
 
 
 def _members(name: str, parts: Parts, plan: Plan) -> list[nn.Module]:

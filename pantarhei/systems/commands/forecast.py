@@ -38,9 +38,7 @@ def forecast(
     steps: Annotated[int, typer.Option(help="Updates of each.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Windows in an update.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    parameters: Annotated[
-        int, typer.Option(help="Of a sinenet, unet or unet-mod, about.")
-    ] = 300_000,
+    parameters: Annotated[int, typer.Option(help="Weights of each model, about.")] = 300_000,
     padding: Annotated[
         str, typer.Option(help="Beyond the grid: zeros, or circular for periodic fields.")
     ] = "zeros",

@@ -186,8 +186,9 @@ class _StepsPoints(_Point):
 class AutoFFN(_StepsPoints):
     """Perceptron [channels R C + P + 2, 200 x 8, channels] on (field, omega, row, column).
 
-    ``published``: raw indices, and frames paired with the wrong queries as soon as a batch holds
-    more than one: entry (b, k) of B x K sees frame (b K + k) mod B. It learns to change nothing.
+    ``width``: of the hidden layers, 200 as published. ``published``: raw indices, and frames paired
+    with the wrong queries as soon as a batch holds more than one: entry (b, k) of B x K sees frame
+    (b K + k) mod B. It learns to change nothing.
 
     >>> sum(p.numel() for p in AutoFFN(parameters=5).parameters())
     1102401
@@ -200,10 +201,11 @@ class AutoFFN(_StepsPoints):
         channels: int = 1,
         published: bool = False,
         history: int = 1,
+        width: int = 200,
     ) -> None:
         super().__init__(parameters, grid, channels, published, history)
         inputs = self._seen * grid[0] * grid[1] + parameters + 2
-        self.net = Mlp([inputs, *[200] * 8, channels])
+        self.net = Mlp([inputs, *[width] * 8, channels])
 
     def _change(self, field: Tensor, omega: Tensor, points: Tensor, mask: Tensor | None) -> Tensor:
         # As in FFN: the frame is weighed once, not once for each query.
@@ -249,7 +251,9 @@ class AutoDeepONet(_StepsPoints):
 
 
 class AutoEDeepONet(_StepsPoints):
-    """Branches of their own for the field and for omega, multiplied; trunk as AutoDeepONet's.
+    """Branches of their own for the field and for omega, multiplied.
+
+    Trunk and ``width`` as AutoDeepONet's.
 
     >>> sum(p.numel() for p in AutoEDeepONet(parameters=5).parameters())
     622701
@@ -262,9 +266,10 @@ class AutoEDeepONet(_StepsPoints):
         channels: int = 1,
         published: bool = False,
         history: int = 1,
+        width: int = 100,
     ) -> None:
         super().__init__(parameters, grid, channels, published, history)
-        wide = [*[100] * 7, 100 * channels]
+        wide = [*[width] * 7, width * channels]
         self.field_branch = Mlp([self._seen * grid[0] * grid[1], *wide])
         self.parameter_branch = Mlp([parameters, *wide])
         self.trunk = Mlp([2, *wide])

@@ -198,7 +198,17 @@ def test_the_fno_of_neuraloperator_is_a_model_of_its_own(call, tmp_path):
 def test_deeponets_forecast_fields_of_any_channels_and_history(call, tmp_path, name):
     waves(parameters=np.arange(8.0), parameter_names=("speed",)).save(tmp_path / "mine.npz")
     code, out, err = call("mine.npz", "--model", name, *SMALL, "--history", 3, "--horizon", 2,
-                          "--json", "--out", "found")  # fmt: skip
+                          "--parameters", 300_000, "--json", "--out", "found")  # fmt: skip
     assert code == 0, err
-    assert json.loads(out)["table"][0]["model"] == name
+    row = json.loads(out)["table"][0]
+    assert row["model"] == name and row["parameters"] == pytest.approx(300_000, rel=0.02)
     assert FieldForecaster.load(tmp_path / "found" / "model-0").model.way == "points"
+
+
+@pytest.mark.parametrize("name", ["sinenet", "unet", "dil-resnet", "fno", "ffno"])
+def test_every_network_has_as_many_weights_as_are_asked_for(call, tmp_path, name):
+    waves().save(tmp_path / "mine.npz")
+    code, out, err = call("mine.npz", "--model", name, *SMALL, "--members", 1, "--horizon", 1,
+                          "--steps", 1, "--parameters", 120_000, "--json")  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["table"][0]["parameters"] == pytest.approx(120_000, rel=0.05)
