@@ -29,7 +29,10 @@ _MOST_CHUNKS = 2**20  # that are read at once
 _MOST_FRAMES = 2**27  # of a set, over all cases
 _MOST_MEMBERS = 20_000
 _MOST_PIXELS = 50_000_000
-_DEFLATE = 1032  # bytes that one byte can unpack to at most, so zlib's authors
+# by method, to how many bytes one byte can unpack at most: zlib's authors' figure, and twice what
+# LZMA makes of zeros; bz2 knows no such bound
+_REACH = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032, zipfile.ZIP_LZMA: 16_000}
+_LZMA_MEMORY = 2**26  # bytes, for its dictionary
 _CIFAR_RECORDS = 10_000 * 3073  # bytes of one of the six files
 
 
@@ -112,15 +115,78 @@ def arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[
 def member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     """Read an array of an ``.npz``, once header, directory and packed size agree on its size."""
     about = archive.getinfo(f"{name}.npy")
-    reach = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _DEFLATE}.get(about.compress_type)
-    if reach is None:  # bz2 and LZMA are unpacked without a bound
+    reach = _REACH.get(about.compress_type)
+    if reach is None:
         raise ValueError(f"'{name}' is packed by method {about.compress_type}, which is not read")
-    with archive.open(about) as stream:
+    with _opened(archive, about) as stream:
         npy_header(stream, name, about.file_size)
     if about.file_size > reach * (about.compress_size + 1):
         raise ValueError(f"'{name}' is packed into fewer bytes than is possible")
-    with archive.open(about) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+    with _opened(archive, about) as stream:
+        found: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        if stream.read(1):
+            raise ValueError(f"'{name}' unpacks to more than it says")
+        return found
+
+
+@contextmanager
+def _opened(archive: zipfile.ZipFile, about: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+    """Open a member of an archive."""
+    if about.compress_type == zipfile.ZIP_LZMA:
+        yield io.BufferedReader(_Lzma(archive, about))
+    else:
+        with archive.open(about) as stream:
+            yield stream
+
+
+class _Lzma(io.RawIOBase):
+    """A member packed by LZMA, unpacked no further than is read: zipfile's own knows no bound.
+
+    What LZMA writes before its stream differs in a zip (APPNOTE 5.8) from a file of its own by the
+    unpacked size, which is put back here.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, about: zipfile.ZipInfo) -> None:
+        self._source: Any = archive.fp
+        self._source.seek(about.header_offset)
+        local = self._source.read(30)
+        self._source.seek(int.from_bytes(local[26:28], "little"), 1)
+        self._source.seek(int.from_bytes(local[28:30], "little"), 1)
+        start = self._source.read(9)
+        if about.flag_bits & 1 or start[2:4] != b"\5\0" or len(start) < 9:
+            raise ValueError(f"'{about.filename}' is no LZMA stream")
+        self._left, self._read, self._sum = about.compress_size - len(start), 0, 0
+        self._about = about
+        marked = about.flag_bits & 2  # its end is, and the size need not be known
+        size = 2**64 - 1 if marked else about.file_size
+        self._unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY)
+        self._unpacker.decompress(start[4:] + size.to_bytes(8, "little"), 0)
+
+    def readable(self) -> bool:
+        """Whether it can be read: it can."""
+        return True
+
+    def tell(self) -> int:
+        """Return how many bytes were read."""
+        return self._read
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer``, or a part of it; 0 at the end."""
+        piece = b""
+        while not piece and not self._unpacker.eof:
+            packed = b""
+            if self._unpacker.needs_input:
+                packed = self._source.read(min(self._left, io.DEFAULT_BUFFER_SIZE))
+                self._left -= len(packed)
+                if not packed:
+                    break
+            piece = self._unpacker.decompress(packed, len(buffer))
+        if not piece and self._sum != self._about.CRC:  # which LZMA itself has none of
+            raise ValueError(f"'{self._about.filename}' is damaged")
+        buffer[: len(piece)] = piece
+        self._read += len(piece)
+        self._sum = zlib.crc32(piece, self._sum)
+        return len(piece)
 
 
 def npy_header(

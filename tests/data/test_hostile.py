@@ -376,22 +376,30 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_an_npz_has_the_sizes_that_it_says(tmp_path, reader, monkeypatch):
     read, members, name = READERS[reader]
-    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+    methods = (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_LZMA)
+    for method in methods:
         read(pack(tmp_path / "good.npz", members, method))
     path = tmp_path / "bad.npz"
 
     def hurt(sentence, content, method=zipfile.ZIP_DEFLATED):
         refused(sentence, pack(path, members | {name: content}, method), read)
 
-    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+    for method in methods:
         hurt("'.' says|'states' says", npy(FRAMES, (2**40, 2, 1, 4)), method)
         hurt("'.' says|'states' says", npy(FRAMES, (2**70,)), method)
         hurt("not the file expected", npy(FRAMES, (-2, -4)), method)
         hurt("another version", npy(FRAMES, version=(2, 0)), method)
         hurt("not numbers", npy(np.zeros(3, "V8")), method)
     hurt("'.' says|'states' says", npy(np.ones(1)) + bytes(BOMB))  # behind an honest array
-    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        hurt("packed by method 1[24]", members[name], method)
+    hurt("packed by method 12", members[name], zipfile.ZIP_BZIP2)
+    longer = members[name] + bytes(BOMB)
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):  # the directory's size is the header's
+        pack(path, members | {name: longer}, method)
+        refused("not the file expected", lied(path, name, len(members[name])), read)
+    content = bytearray(pack(path, members, zipfile.ZIP_LZMA).read_bytes())
+    content[content.index(f"{name}.npy".encode()) + 80] ^= 1
+    path.write_bytes(content)
+    refused("not the file expected", path, read)
     claimed = npy(FRAMES, (BOMB,))
     pack(path, members | {name: claimed})
     refused("fewer bytes than is possible", lied(path, name, len(claimed) - 32 + 4 * BOMB), read)
