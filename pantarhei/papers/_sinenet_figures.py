@@ -14,8 +14,9 @@ def over_the_horizon(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draw the error of each model against the step; rows have model, step and relative_l2."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4))
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(_styles())
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         style: dict[str, Any] = (
@@ -23,8 +24,16 @@ def over_the_horizon(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         )
         axes.plot([r["step"] for r in own], [r["relative_l2"] for r in own], label=model, **style)
     axes.set(xlabel="step", ylabel="relative L2, mean over channels", title=title, yscale="log")
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     return figure
+
+
+def _styles() -> Any:
+    """Return one style for each of up to twenty models."""
+    from cycler import cycler
+    from matplotlib import colormaps
+
+    return cycler(linestyle=["-", "--"]) * cycler(color=colormaps["tab10"].colors)
 
 
 def side_by_side(
@@ -36,7 +45,8 @@ def side_by_side(
     rows = [("truth", truth, False)]
     for name, forecast in forecasts.items():
         rows += [(name, forecast, False), (f"error of {name}", forecast - truth, True)]
-    figure = Figure(figsize=(1.7 * len(steps) + 0.8, 1.7 * len(rows) + 0.4))
+    size = (1.7 * len(steps) + 0.8, 1.7 * len(rows) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(rows), len(steps), squeeze=False)
     low, high = float(truth.min()), float(truth.max())
     spread = (high - low) / 2
@@ -58,15 +68,16 @@ def spectra(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draw the energy of the truth and of each model's error by wavenumber."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4))
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(_styles())
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model and row["wavenumber"] > 0]
         style: dict[str, Any] = {"color": "black"} if model == "truth" else {}
         axes.loglog([r["wavenumber"] for r in own], [r["energy"] for r in own],
                     label=model, **style)  # fmt: skip
     axes.set(xlabel="waves per domain", ylabel="energy of the error", title=title)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     return figure
 
 
