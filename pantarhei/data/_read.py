@@ -147,12 +147,13 @@ class _Lzma(io.RawIOBase):
     """
 
     def __init__(self, archive: zipfile.ZipFile, about: zipfile.ZipInfo) -> None:
-        self._source: Any = archive.fp
-        self._source.seek(about.header_offset)
-        local = self._source.read(30)
-        self._source.seek(int.from_bytes(local[26:28], "little"), 1)
-        self._source.seek(int.from_bytes(local[28:30], "little"), 1)
-        start = self._source.read(9)
+        assert archive.fp is not None  # an archive that is open
+        self._source = source = archive.fp
+        source.seek(about.header_offset)
+        local = source.read(30)
+        source.seek(int.from_bytes(local[26:28], "little"), 1)
+        source.seek(int.from_bytes(local[28:30], "little"), 1)
+        start = source.read(9)
         if about.flag_bits & 1 or start[2:4] != b"\5\0" or len(start) < 9:
             raise ValueError(f"'{about.filename}' is no LZMA stream")
         self._left, self._read, self._sum = about.compress_size - len(start), 0, 0

@@ -33,7 +33,7 @@ def _styles() -> Any:
     from cycler import cycler
     from matplotlib import colormaps
 
-    return cycler(linestyle=["-", "--"]) * cycler(color=colormaps["tab10"].colors)
+    return cycler(linestyle=["-", "--"]) * cycler(color=map(colormaps["tab10"], range(10)))
 
 
 def side_by_side(

@@ -243,10 +243,12 @@ def _arguments(name: str, parts: Parts, plan: Plan) -> tuple[str, dict[str, Any]
                 f"{' of cases with parameters' if name == 'auto-edeeponet' else ''}: these have "
                 f"{len(space)} axes, and {len(parts.columns)} parameters that differ."
             )
-        own = {"channels": fields, "grid": space, "history": plan.history}
-        told = parts.columns, parts.mask
-        width = width_for(plan.parameters, lambda w: Told(name, *told, width=w, **own))
-        return name, own | {"width": width}
+        points: dict[str, Any] = {"channels": fields, "grid": space, "history": plan.history}
+        width = width_for(
+            plan.parameters,
+            lambda w: Told(name, parts.columns, parts.mask, width=w, **points),
+        )
+        return name, points | {"width": width}
     if name in ("sinenet", "unet"):
         from pantarhei.systems.sinenet import multiplier, parameter_count
 
