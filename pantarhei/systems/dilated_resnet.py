@@ -7,13 +7,10 @@ by GroupNorm and ReLU, and a 3-wide convolution.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from pantarhei.errors import RequestError
-
-_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+from pantarhei.systems._axes import CONVOLUTION, check_sizes
 
 
 class DilatedResNet(nn.Module):
@@ -35,11 +32,7 @@ class DilatedResNet(nn.Module):
         space: int = 2,
     ) -> None:
         super().__init__()
-        if space not in _CONV or min(in_ch, out_ch, width, blocks, *dilations) < 1:
-            raise RequestError(
-                f"A Dil-ResNet has 1 to 3 axes and positive numbers, not space={space}, "
-                f"{(in_ch, out_ch, width, blocks, *dilations)}."
-            )
+        check_sizes("A Dil-ResNet", space, in_ch, out_ch, width, blocks, *dilations)
         if padding not in ("zeros", "circular"):
             raise RequestError(f"padding={padding!r}: choose zeros or circular.")
         self.arguments = {"in_ch": in_ch, "out_ch": out_ch, "width": width, "blocks": blocks,
@@ -47,7 +40,7 @@ class DilatedResNet(nn.Module):
                           "space": space}  # fmt: skip
 
         def convolution(inputs: int, outputs: int, dilation: int = 1) -> nn.Module:
-            return _CONV[space](inputs, outputs, 3, padding=dilation, dilation=dilation,
+            return CONVOLUTION[space](inputs, outputs, 3, padding=dilation, dilation=dilation,
                                 padding_mode=padding)  # fmt: skip
 
         self.lift = convolution(in_ch, width)

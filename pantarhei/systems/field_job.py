@@ -197,11 +197,9 @@ def _worth_telling(data: Trajectories, train: NDArray[np.int64]) -> tuple[tuple[
     return columns, data.mask is not None and not data.masks()[train].all()
 
 
-def _model(name: str, parts: Parts, plan: Plan) -> nn.Module:
-    net, arguments = _arguments(name, parts, plan)
+def _model(net: str, arguments: Mapping[str, Any], planes: bool, parts: Parts) -> nn.Module:
     if not parts.given and net not in POINTS:
         return build(net, **arguments)
-    planes = _tells_by_planes(name, parts, plan)
     told = Told(net, parts.columns, parts.mask, as_channels=planes, **arguments)
     if parts.columns:
         assert parts.data.parameters is not None
@@ -293,10 +291,12 @@ def _arguments(name: str, parts: Parts, plan: Plan) -> tuple[str, dict[str, Any]
 
 def _members(name: str, parts: Parts, plan: Plan) -> list[nn.Module]:
     made = []
+    net, arguments = _arguments(name, parts, plan)
+    planes = _tells_by_planes(name, parts, plan)
     for member in range(plan.members):
         with torch.random.fork_rng():
             torch.manual_seed(plan.seed + member)
-            model = _model(name, parts, plan)
+            model = _model(net, arguments, planes, parts)
         if len(parts.data.shape) == 5 and name in ("sinenet", "unet", "unet-mod", "dil-resnet"):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         made.append(model)

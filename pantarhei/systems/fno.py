@@ -24,9 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pantarhei.errors import RequestError
-
-_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+from pantarhei.systems._axes import CONVOLUTION, check_sizes
 
 
 class FNO(nn.Module):
@@ -54,10 +52,10 @@ class FNO(nn.Module):
         space: int = 2,
     ) -> None:
         super().__init__()
-        _check(space, in_ch, out_ch, width, modes, layers, hidden)
+        check_sizes("A Fourier operator", space, in_ch, out_ch, width, modes, layers, hidden)
         self.arguments = {"in_ch": in_ch, "out_ch": out_ch, "width": width, "modes": modes,
                           "layers": layers, "hidden": hidden, "space": space}  # fmt: skip
-        convolution = _CONV[space]
+        convolution = CONVOLUTION[space]
         self.lift = convolution(in_ch, width, 1)
         self.spectral = nn.ModuleList(SpectralConv(width, modes, space) for _ in range(layers))
         self.pointwise = nn.ModuleList(convolution(width, width, 1) for _ in range(layers))
@@ -127,10 +125,10 @@ class FactorizedFNO(nn.Module):
         space: int = 2,
     ) -> None:
         super().__init__()
-        _check(space, in_ch, out_ch, width, modes, layers, factor)
+        check_sizes("A Fourier operator", space, in_ch, out_ch, width, modes, layers, factor)
         self.arguments = {"in_ch": in_ch, "out_ch": out_ch, "width": width, "modes": modes,
                           "layers": layers, "factor": factor, "space": space}  # fmt: skip
-        convolution = _CONV[space]
+        convolution = CONVOLUTION[space]
         self.modes, self.space = modes, space
         self.lift = convolution(in_ch, width, 1)
         start = 1 / (width * math.sqrt(modes))
@@ -171,10 +169,3 @@ class FactorizedFNO(nn.Module):
                 total = back if total is None else total + back
         assert total is not None
         return total.to(x.dtype)
-
-
-def _check(space: int, *counts: int) -> None:
-    if space not in _CONV or min(counts) < 1:
-        raise RequestError(
-            f"A Fourier operator has 1 to 3 axes and positive numbers, not space={space}, {counts}."
-        )

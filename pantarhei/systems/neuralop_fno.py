@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pantarhei.errors import RequestError
+from pantarhei.systems._axes import check_sizes
 
 
 class NeuralopFNO(nn.Module):
@@ -37,11 +38,7 @@ class NeuralopFNO(nn.Module):
         space: int = 2,
     ) -> None:
         super().__init__()
-        if not 1 <= space <= 3 or min(in_ch, out_ch, width, modes, layers) < 1:
-            raise RequestError(
-                "A Fourier operator has 1 to 3 axes and positive numbers, not "
-                f"space={space}, {(in_ch, out_ch, width, modes, layers)}."
-            )
+        check_sizes("A Fourier operator", space, in_ch, out_ch, width, modes, layers)
         self.arguments = {"in_ch": in_ch, "out_ch": out_ch, "width": width, "modes": modes,
                           "layers": layers, "space": space}  # fmt: skip
         self.net = neuralop().FNO(

@@ -34,9 +34,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pantarhei.errors import RequestError
+from pantarhei.systems._axes import CONVOLUTION
 
 Border = Literal["zeros", "circular"]
-_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _POOL: dict[str, dict[int, Any]] = {
     "avg": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
     "max": {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d},
@@ -113,7 +113,7 @@ class SineNet(nn.Module):
             raise RequestError(f"SineNet needs positive numbers, not {bad}.")
         borders = (padding,) * space if isinstance(padding, str) else tuple(padding)
         if (
-            space not in _CONV
+            space not in CONVOLUTION
             or len(borders) != space
             or not {*borders} <= {"zeros", "circular"}
             or pool not in _POOL
@@ -159,7 +159,7 @@ class SineNet(nn.Module):
         for module in self.modules():
             if isinstance(module, _Pad):
                 module.cells = reach
-            elif isinstance(module, _CONV[space]) and module.kernel_size[0] == 3:
+            elif isinstance(module, CONVOLUTION[space]) and module.kernel_size[0] == 3:
                 module.dilation = (reach,) * space
                 module.padding = tuple(reach * n for n in module.padding)
 
@@ -270,7 +270,7 @@ class _Stage(nn.Module):
             for i in range(blocks)
         )
         self.residual = residual
-        self.around = _CONV[len(borders)](around, outputs, 1) if residual else None
+        self.around = CONVOLUTION[len(borders)](around, outputs, 1) if residual else None
 
     def forward(self, x: Tensor, around: Tensor, told: Tensor | None) -> Tensor:
         first, *others = self.blocks
@@ -493,7 +493,7 @@ class _Pad(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int, borders: tuple[Border, ...]) -> nn.Module:
-    kind = _CONV[len(borders)]
+    kind = CONVOLUTION[len(borders)]
     if {*borders} == {"zeros"}:
         return kind(inputs, outputs, 3, padding=1)
     return nn.Sequential(_Pad(borders), kind(inputs, outputs, 3))

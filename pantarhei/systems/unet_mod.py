@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pantarhei.errors import RequestError
+from pantarhei.systems._axes import CONVOLUTION, check_sizes
 from pantarhei.systems.sinenet import Border, padded
 
-_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BACK: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
@@ -50,15 +49,11 @@ class UNetMod(nn.Module):
         space: int = 2,
     ) -> None:
         super().__init__()
-        if space not in _CONV or not mults or min(in_ch, out_ch, width, blocks, *mults) < 1:
-            raise RequestError(
-                f"A U-Net-Mod has 1 to 3 axes and positive numbers, not space={space}, "
-                f"{(in_ch, out_ch, width, blocks, *mults)}."
-            )
+        check_sizes("A U-Net-Mod", space, in_ch, out_ch, width, blocks, len(mults), *mults)
         self.arguments = {"in_ch": in_ch, "out_ch": out_ch, "width": width, "mults": list(mults),
                           "blocks": blocks, "space": space}  # fmt: skip
         self.widths = [width * n for n in itertools.accumulate(mults, lambda a, b: a * b)]
-        convolution, last = _CONV[space], len(mults) - 1
+        convolution, last = CONVOLUTION[space], len(mults) - 1
         self.lift = convolution(in_ch, width, 3, padding=1)
         down: list[nn.Module] = []
         kept = [width]  # channels of what the way up takes
@@ -103,7 +98,7 @@ class UNetMod(nn.Module):
 class _Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int, space: int) -> None:
         super().__init__()
-        convolution = _CONV[space]
+        convolution = CONVOLUTION[space]
         self.norm1, self.norm2 = nn.GroupNorm(1, inputs), nn.GroupNorm(1, outputs)
         self.conv1 = convolution(inputs, outputs, 3, padding=1)
         self.conv2 = convolution(outputs, outputs, 3, padding=1)

@@ -34,16 +34,9 @@ class Snippet:
     def __html__(self) -> str:
         """Return it as HTML, the words in ``<mark>``: what a template that escapes may show."""
         escaped = html.escape if _SPECIAL.search(self.text) else str
-        parts, end = [], 0
-        for start, stop in self.marks:
-            parts += [
-                escaped(self.text[end:start]),
-                "<mark>",
-                escaped(self.text[start:stop]),
-                "</mark>",
-            ]
-            end = stop
-        return "".join([*parts, escaped(self.text[end:])])
+        return "".join(
+            f"<mark>{escaped(part)}</mark>" if marked else escaped(part) for part, marked in self
+        )
 
     def __iter__(self) -> Iterator[tuple[str, bool]]:
         end = 0

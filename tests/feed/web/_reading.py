@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from _visiting import NoSearch
 from starlette.testclient import TestClient
 
 from pantarhei import papers
@@ -15,24 +16,6 @@ from pantarhei.feed.web.app import create_app
 
 EVIDENCE = Path(papers.__file__).parent / "evidence"
 LOCAL = "http://localhost:8000"
-
-
-class NoSearch:
-    """Stands where search is not what a test is about, and starts no thread."""
-
-    def refresh(self) -> None:
-        """Index nothing."""
-
-    def close(self) -> None:
-        """Stop nothing."""
-
-    def prompt(self, query: str) -> bool:
-        """Let a thread answer."""
-        return False
-
-    def related(self, paper: int, n: int = 5) -> list[Any]:
-        """Know nothing."""
-        return []
 
 
 def filled(store: Store) -> Store:
